@@ -1,0 +1,70 @@
+"""A task that a random model can learn in minutes and that a few lines of code can verify.
+
+The prompt asks for one kind of character ("Write digits only.") and the reward is the share of
+the answer's tokens that are of this kind. The kinds exclude each other, so an answer that
+ignores the prompt scores at most ``1 / len(KINDS)`` on average.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+KINDS: dict[str, Callable[[str], bool]] = {
+    "digits": lambda text: text.isascii() and text.isdigit(),
+    "capitals": lambda text: text.isascii() and text.isalpha() and text.isupper(),
+    "lowercase": lambda text: text.isascii() and text.isalpha() and text.islower(),
+    "punctuation": lambda text: bool(text) and all(sign in string.punctuation for sign in text),
+}
+
+TRAIN_PHRASES = (
+    "Write {} only.",
+    "Answer with {} only.",
+    "Please reply with {}.",
+    "Use {} and nothing else.",
+    "Only {}, please.",
+    "I want to read {} from you.",
+    "What I ask for is {}.",
+    "Your answer is made of {}.",
+    "Give me {}!",
+    "Can you write {}?",
+    "{} is what I need.",
+    "Show me a short line of {}.",
+    "No other signs than {}.",
+    "The text should be all {}.",
+    "This time, {}.",
+    "{}, and only that.",
+)
+
+HELD_OUT_PHRASES = (
+    "Let the reply be {}.",
+    "Today I read {} and nothing else.",
+    "Now {}, please!",
+    "{}: that is the question, answer it.",
+    "Is there a line of {} for me?",
+    "Stop here and write {} for the user.",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt and the kind of character that it asks for."""
+
+    prompt: str
+    kind: str
+
+
+def make_questions(phrases: Sequence[str]) -> list[Question]:
+    """Every phrase with every kind: the kinds are equally frequent."""
+    return [Question(phrase.format(kind), kind) for phrase in phrases for kind in KINDS]
+
+
+def score(tokens: Sequence[str], kind: str, *, num_tokens: int) -> float:
+    """The share of ``num_tokens`` that are of the kind asked for, from 0 to 1.
+
+    ``tokens`` are the answer's tokens, each decoded on its own; the spaces around them don't
+    count. An answer that ends early has fewer of them, and loses what it left out.
+    """
+    is_right = KINDS[kind]
+    return sum(is_right(token.strip()) for token in tokens) / num_tokens

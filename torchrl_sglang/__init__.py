@@ -1,0 +1,30 @@
+"""SGLang as the rollout engine of a TorchRL training loop."""
+
+from .config import RouterConfig, ServerConfig, Timeouts, WeightSyncConfig
+from .engine import RLSGLangEngine
+from .gate import ServiceState
+from .policy import BehaviourLogProbWarning, SGLangWrapper
+from .protocol import Completion, GenerateRequest, VersionSpan
+from .sampling import SamplingParams
+from .service import AsyncSGLang, make_sglang_server
+from .weights.scheme import SGLangWeightSyncScheme
+from .weights.update import PushResult
+
+__all__ = [
+    "AsyncSGLang",
+    "BehaviourLogProbWarning",
+    "Completion",
+    "GenerateRequest",
+    "PushResult",
+    "RLSGLangEngine",
+    "RouterConfig",
+    "SGLangWeightSyncScheme",
+    "SGLangWrapper",
+    "SamplingParams",
+    "ServerConfig",
+    "ServiceState",
+    "Timeouts",
+    "VersionSpan",
+    "WeightSyncConfig",
+    "make_sglang_server",
+]

@@ -1,0 +1,120 @@
+"""Finding out what answers at a URL: a router with its workers, or a single server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from .client import ControlClient
+from .config import Timeouts
+from .errors import ConnectError, NoWorkersError, RequestRefusedError, ServiceError
+from .protocol import WorkerInfo, parse_worker_info, parse_worker_urls
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """Keys of the servers and of the router in front of them."""
+
+    api_key: str | None = None
+    admin_api_key: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What answers at a URL.
+
+    Attributes:
+        url: where generation goes.
+        behind_router: whether that is a router.
+        workers: a control client per server.
+        infos: what each server says of itself, in the same order.
+        router_version: version of the router, None where it does not say.
+    """
+
+    url: str
+    behind_router: bool
+    workers: tuple[ControlClient, ...]
+    infos: tuple[WorkerInfo, ...]
+    router_version: str | None = None
+
+
+def attach(url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
+    """Asks a URL what it is, and every server behind it what it can do.
+
+    Raises:
+        ConnectError: nothing answers there, or nothing that this library knows.
+        NoWorkersError: a router without a worker.
+    """
+    front = _client(url, keys, timeouts)
+    urls = _worker_urls(front)
+    behind_router = urls is not None
+    workers = tuple(_client(u, keys, timeouts) for u in (urls or [front.url]))
+    infos = read_infos(workers)
+    models = {info.model_path for info in infos}
+    if len(models) > 1:
+        raise ConnectError(f"the workers behind {url} serve different models: {sorted(models)}.")
+    return Cluster(url=front.url, behind_router=behind_router, workers=workers, infos=infos)
+
+
+def read_infos(workers: Sequence[ControlClient]) -> tuple[WorkerInfo, ...]:
+    """Asks all servers at once; errors as in `attach`."""
+    with ThreadPoolExecutor(max(1, len(workers))) as pool:
+        return tuple(pool.map(_read_info, workers))
+
+
+def _client(url: str, keys: Credentials, timeouts: Timeouts) -> ControlClient:
+    return ControlClient(
+        url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
+    )
+
+
+def _worker_urls(front: ControlClient) -> list[str] | None:
+    """The workers' URLs, or None where ``front`` is a server itself."""
+    try:
+        answer = front.get("/workers")
+    except RequestRefusedError as error:
+        if error.status in (404, 405):
+            return None
+        raise ConnectError(f"can't list the workers of {front.url}: {error}") from error
+    except ServiceError as error:
+        raise ConnectError(f"can't attach to {front.url}: {error}") from error
+    urls = parse_worker_urls(answer)
+    if urls is None:
+        raise ConnectError(
+            f"{front.url} answers, but neither as an SGLang server nor as an SGLang router: "
+            f"GET /workers gave {str(answer)[:200]!r}."
+        )
+    if not urls:
+        raise NoWorkersError(
+            f"the router at {front.url} has no workers: start a server and add it with "
+            f'POST {front.url}/workers {{"url": "http://server:30000"}}.'
+        )
+    return urls
+
+
+def _read_info(worker: ControlClient) -> WorkerInfo:
+    try:
+        return parse_worker_info(
+            worker.url,
+            server_info=_first_known(worker, "/server_info", "/get_server_info"),
+            model_info=_first_known(worker, "/model_info", "/get_model_info"),
+            openapi=worker.get("/openapi.json"),
+        )
+    except ConnectError:
+        raise
+    except ServiceError as error:
+        raise ConnectError(f"can't attach to {worker.url}: {error}") from error
+
+
+def _first_known(worker: ControlClient, path: str, old_path: str) -> dict[str, object]:
+    """GETs a route by its present name, or by the one that older servers know."""
+    try:
+        answer = worker.get(path)
+    except RequestRefusedError as error:
+        if error.status != 404:
+            raise
+        answer = worker.get(old_path)
+    if not isinstance(answer, dict):
+        raise ConnectError(f"{worker.url}{path} gave {str(answer)[:200]!r} instead of an object.")
+    return answer

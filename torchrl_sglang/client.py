@@ -1,0 +1,288 @@
+"""The only module that speaks HTTP: one client for generation, one per server for control."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import orjson
+import requests
+
+from .config import Timeouts
+from .errors import (
+    ConfigError,
+    ConnectError,
+    RequestRefusedError,
+    RequestTimeoutError,
+    ServerFailedError,
+    ServiceError,
+)
+from .protocol import Completion, GenerateRequest, parse_completion
+
+# Generation is retried on a broken connection and on 5xx, never on 4xx.
+ATTEMPTS = 4
+FIRST_BACKOFF_S = 0.2
+
+# Routes that a server with an admin key gives only to that key.
+ADMIN_ROUTES = (
+    "/pause_generation",
+    "/continue_generation",
+    "/flush_cache",
+    "/update_weight",
+    "/begin_weight_update",
+    "/end_weight_update",
+    "/init_weights_update_group",
+    "/destroy_weights_update_group",
+    "/weights_checker",
+    "/abort_request",
+)
+
+DESCRIPTORS_KEPT_FREE = 256
+
+
+def normalise_url(url: str) -> str:
+    """Checks a base URL and takes the trailing slash off.
+
+    Raises:
+        ConfigError: not an http(s) URL.
+    """
+    if not isinstance(url, str):
+        raise ConfigError(f"a server URL is a string such as 'http://host:30000', got {url!r}.")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{url!r} is not a server URL; write it like 'http://host:30000'.")
+    return url.rstrip("/")
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _refusal(method: str, url: str, status: int, body: str) -> ServiceError:
+    """The error for an HTTP status of 400 and above."""
+    said = _server_message(body)
+    message = f"{method} {url} answered {status}: {said}"
+    if status in (401, 403):
+        message += " (pass the server's api_key= and admin_api_key=)"
+    # 408 and 429 ask for another try later, as 5xx do.
+    failed = status >= 500 or status in (408, 429)
+    kind = ServerFailedError if failed else RequestRefusedError
+    return kind(message, status=status, body=body)
+
+
+def _server_message(body: str) -> str:
+    """The human part of an error body, in whichever of SGLang's shapes it comes."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return body.strip()[:2000] or "no message"
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    if isinstance(error, dict):
+        return str(error.get("message") or error.get("detail") or error)[:2000]
+    return str(error)[:2000]
+
+
+class ControlClient:
+    """Control and info requests to one server or router. Safe to use from several threads.
+
+    Args:
+        url: base URL; a path in it is kept.
+        api_key: key for info routes.
+        admin_api_key: key for control routes; the API key where a server has only one.
+        timeouts: bounds on waiting.
+    """
+
+    def __init__(
+        self, url: str, *, api_key: str | None, admin_api_key: str | None, timeouts: Timeouts
+    ) -> None:
+        self.url = normalise_url(url)
+        self._api_key = api_key
+        self._admin_api_key = admin_api_key or api_key
+        self._timeouts = timeouts
+        self._local = threading.local()
+
+    def get(self, path: str, *, timeout_s: float | None = None) -> Any:
+        """GETs JSON (or text); errors as in `post`."""
+        return self._send("GET", path, None, timeout_s or self._timeouts.connect_s)
+
+    def post(
+        self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> Any:
+        """POSTs JSON and returns the answer's JSON (or text).
+
+        Args:
+            path: route, with its leading slash.
+            body: the JSON object.
+            timeout_s: bound on the whole request; ``Timeouts.control_s`` by default.
+
+        Raises:
+            RequestRefusedError: 4xx.
+            ServerFailedError: 5xx, or the connection broke.
+            RequestTimeoutError: no answer in time.
+            ConnectError: nothing listens there.
+        """
+        return self._send("POST", path, body or {}, timeout_s or self._timeouts.control_s)
+
+    def answers(self, path: str) -> bool:
+        """Whether a GET of ``path`` gives 200 right now."""
+        try:
+            self.get(path, timeout_s=self._timeouts.connect_s)
+        except ServiceError:
+            return False
+        return True
+
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
+    ) -> Any:
+        url = self.url + path
+        key = self._admin_api_key if path.startswith(ADMIN_ROUTES) else self._api_key
+        try:
+            response = self._session().request(
+                method,
+                url,
+                json=body,
+                headers=_bearer(key),
+                timeout=(min(timeout_s, self._timeouts.connect_s), timeout_s),
+            )
+        except requests.Timeout as error:
+            raise RequestTimeoutError(
+                f"{method} {url} got no answer within {timeout_s:g} s."
+            ) from error
+        except requests.ConnectionError as error:
+            raise _connection_error(method, url, error) from error
+        except requests.RequestException as error:
+            raise ServerFailedError(f"{method} {url} failed: {error}") from error
+        if response.status_code >= 400:
+            raise _refusal(method, url, response.status_code, response.text)
+        try:
+            return response.json()
+        except ValueError:
+            return response.text
+
+    def _session(self) -> requests.Session:
+        """One session per thread; ``requests`` does not promise more."""
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+            self._local.session.trust_env = False  # no proxy between trainer and servers
+        session: requests.Session = self._local.session
+        return session
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+
+
+def _connection_error(method: str, url: str, error: Exception) -> ServiceError:
+    if "NewConnectionError" in repr(error) or "refused" in str(error):
+        return ConnectError(f"nothing answers at {url}: is the server running there? ({error})")
+    return ServerFailedError(f"{method} {url}: the connection broke: {error}")
+
+
+class DataClient:
+    """Generation requests, all at once over one pool of connections. Lives on one event loop.
+
+    Args:
+        url: router or server.
+        api_key: its key.
+        timeouts: bounds on waiting.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, timeouts: Timeouts) -> None:
+        self._url = normalise_url(url) + "/generate"
+        self._headers = {**_bearer(api_key), "Content-Type": "application/json"}
+        self._timeouts = timeouts
+        self._session: aiohttp.ClientSession | None = None
+
+    async def generate_all(
+        self, batch: Sequence[GenerateRequest], cache_salt: str | None
+    ) -> list[Completion]:
+        """Completions in the order of the requests.
+
+        Raises:
+            RequestTimeoutError: not all answered within ``Timeouts.request_s``.
+            ServiceError: the first request that failed, with a note on which prompt it was; the
+                others are cancelled, which aborts them on the server.
+        """
+        try:
+            async with asyncio.timeout(self._timeouts.request_s), asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._generate(request, cache_salt, index))
+                    for index, request in enumerate(batch)
+                ]
+        except TimeoutError as error:
+            raise RequestTimeoutError(
+                f"POST {self._url}: not all of {len(batch)} prompts were answered within "
+                f"{self._timeouts.request_s:g} s (Timeouts.request_s)."
+            ) from error
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _generate(
+        self, request: GenerateRequest, cache_salt: str | None, index: int
+    ) -> Completion:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._post(request, cache_salt)
+            except ServiceError as error:
+                if attempt == ATTEMPTS or not isinstance(error, ServerFailedError | ConnectError):
+                    error.add_note(f"prompt {index} of the batch, attempt {attempt}")
+                    raise
+            await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (attempt - 1))
+            request = replace(request, rid=f"{request.rid[:32]}-{attempt}")
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _post(self, request: GenerateRequest, cache_salt: str | None) -> Completion:
+        body = orjson.dumps(request.body(cache_salt))
+        try:
+            async with self._pool().post(self._url, data=body) as response:
+                answer = await response.read()
+        except aiohttp.ClientConnectorError as error:
+            raise ConnectError(f"nothing answers at {self._url}: {error}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerFailedError(
+                f"POST {self._url}: the connection broke: {type(error).__name__}: {error}"
+            ) from error
+        if response.status >= 400:
+            raise _refusal("POST", self._url, response.status, answer.decode(errors="replace"))
+        try:
+            parsed = orjson.loads(answer)
+        except orjson.JSONDecodeError as error:
+            raise ServerFailedError(
+                f"POST {self._url}: the answer is no JSON: {answer[:200]!r}"
+            ) from error
+        return parse_completion(parsed, request)
+
+    def _pool(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            limit = _max_connections()
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeouts.connect_s)
+            connector = aiohttp.TCPConnector(limit=limit, limit_per_host=limit)
+            self._session = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, headers=self._headers
+            )
+        return self._session
+
+    async def close(self) -> None:
+        """Closes the pool."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+def _max_connections() -> int:
+    """As many connections as the process may have files open, less some for everything else."""
+    soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft_limit == resource.RLIM_INFINITY:
+        return 0  # aiohttp: no limit
+    return max(64, soft_limit - DESCRIPTORS_KEPT_FREE)

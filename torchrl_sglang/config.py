@@ -1,0 +1,163 @@
+"""Frozen, keyword-only configuration, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+Device = Literal["cpu", "cuda"]
+RouterPolicy = Literal["round_robin", "random", "cache_aware", "power_of_two"]
+PauseMode = Literal["retract", "abort"]
+VerifyMethod = Literal["auto", "checksum", "probe", "never"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How one managed SGLang server is started.
+
+    Attributes:
+        model_path: folder or hub name of the model.
+        device: ``"cpu"`` or ``"cuda"``.
+        tp_size: tensor-parallel ranks of one server.
+        dp_size: data-parallel ranks of one server (a weight broadcast needs 1).
+        pp_size: pipeline-parallel ranks of one server (a weight broadcast needs 1).
+        ep_size: expert-parallel ranks of one server; adds no process.
+        cuda_devices: the GPUs of this server, as numbers; None leaves them to the environment.
+        port: a fixed port, or None for a free one.
+        host: the address to listen on.
+        api_key: key for generate and info routes; None: no key.
+        admin_api_key: key for control routes; None: no key.
+        extra_args: further ``sglang.launch_server`` options, ``{"mem_fraction_static": 0.8}``;
+            True is a bare flag, False or None leaves the option out.
+    """
+
+    model_path: str
+    device: Device
+    tp_size: int = 1
+    dp_size: int = 1
+    pp_size: int = 1
+    ep_size: int = 1
+    cuda_devices: tuple[int, ...] | None = None
+    port: int | None = None
+    host: str = "127.0.0.1"
+    api_key: str | None = None
+    admin_api_key: str | None = None
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(
+            isinstance(self.model_path, str) and bool(self.model_path),
+            "the model is a folder or a hub name such as 'Qwen/Qwen2.5-0.5B-Instruct', "
+            f"got {self.model_path!r}.",
+        )
+        for name in ("tp_size", "dp_size", "pp_size", "ep_size"):
+            size = getattr(self, name)
+            _require(
+                isinstance(size, int) and size >= 1,
+                f"{name} must be an integer >= 1, got {size!r}.",
+            )
+        if self.cuda_devices is not None:
+            needed = self.num_gpus
+            _require(
+                len(self.cuda_devices) == needed,
+                f"a server of tp_size={self.tp_size}, dp_size={self.dp_size}, "
+                f"pp_size={self.pp_size} needs {needed} GPUs, cuda_devices names "
+                f"{len(self.cuda_devices)}: {list(self.cuda_devices)}.",
+            )
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that one server occupies; DP attention shares the TP ranks' GPUs."""
+        shared = bool(self.extra_args.get("enable_dp_attention"))
+        return self.tp_size * self.pp_size * (1 if shared else self.dp_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How the managed router is started.
+
+    Attributes:
+        policy: how requests are spread. ``"round_robin"`` splits evenly; ``"cache_aware"`` of
+            sglang-router 0.3.2 ignores ``input_ids`` and sends them all to one worker.
+        port: a fixed port, or None for a free one.
+        host: the address to listen on.
+        health_check_interval_s: seconds between the router's own checks of a worker.
+        extra_args: further ``sglang_router.launch_router`` options.
+    """
+
+    policy: RouterPolicy = "round_robin"
+    port: int | None = None
+    host: str = "127.0.0.1"
+    health_check_interval_s: int = 10
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """Every bound on waiting, in seconds.
+
+    Attributes:
+        start_s: from spawning a server until it is ready; large models load for minutes.
+        stop_s: from SIGTERM until a child is killed.
+        connect_s: opening a connection, and info requests while attaching.
+        control_s: one control request (pause, flush, begin, end, version, continue).
+        request_s: one ``generate`` call, retries included.
+        group_s: the collective's rendezvous, and the first broadcast after it.
+        transfer_s: one bucket, from its announcement until the servers have loaded it.
+    """
+
+    start_s: float = 600.0
+    stop_s: float = 15.0
+    connect_s: float = 10.0
+    control_s: float = 30.0
+    request_s: float = 1800.0
+    group_s: float = 60.0
+    transfer_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _require(value > 0, f"Timeouts.{name} must be positive, got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSyncConfig:
+    """How weights are pushed.
+
+    Attributes:
+        pause_mode: what happens to requests in flight: ``"retract"`` requeues them, so that they
+            go on under the new weights; ``"abort"`` ends them.
+        bucket_bytes: most bytes in one broadcast; the server holds one bucket per rank.
+        verify_method: ``"checksum"`` compares the servers' own hashes of their weights with
+            ours, ``"probe"`` scores a prompt on every server and compares with the trainer's
+            model, ``"auto"`` takes the checksum where server and layout allow it,
+            ``"never"`` trusts the servers' answers.
+        probe_tolerance: largest difference of a log-prob that the probe accepts.
+        flush_cache: empty the servers' prefix caches while they are paused, so that no request
+            of any client, salted or not, meets a prefix computed by old weights.
+    """
+
+    pause_mode: PauseMode = "retract"
+    bucket_bytes: int = 1 << 30
+    verify_method: VerifyMethod = "auto"
+    probe_tolerance: float = 0.05
+    flush_cache: bool = True
+
+    def __post_init__(self) -> None:
+        _require(
+            self.pause_mode in ("retract", "abort"),
+            f"pause_mode must be 'retract' or 'abort', got {self.pause_mode!r}.",
+        )
+        _require(self.bucket_bytes >= 1, f"bucket_bytes must be >= 1, got {self.bucket_bytes!r}.")
+        _require(
+            self.verify_method in ("auto", "checksum", "probe", "never"),
+            f"verify_method must be 'auto', 'checksum', 'probe' or 'never', "
+            f"got {self.verify_method!r}.",
+        )

@@ -1,0 +1,1 @@
+"""What lets SGLang's CUDA wheel import and serve on a CPU-only machine."""

@@ -1,0 +1,1 @@
+"""The life of the child processes: servers and router. Imports no torch."""

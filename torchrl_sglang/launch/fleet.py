@@ -1,0 +1,189 @@
+"""Several servers and one router, started and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import RouterConfig, ServerConfig, Timeouts
+from ..errors import EngineNotFoundError, ProcessDiedError
+from .ports import PortReservation
+from .process import ChildProcess, installed_version
+from .router import router_argv
+from .server import server_argv, server_env
+
+# A port that was free when reserved can still be refused; more often it is something else.
+PORT_ATTEMPTS = 3
+PORT_IN_USE = ("address already in use", "EADDRINUSE", "errno 98", "port is already in use")
+
+ReadyCheck = Callable[[str], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetPlan:
+    """What to start.
+
+    Attributes:
+        servers: one entry per replica.
+        router: the router in front of them.
+        python: interpreter that has SGLang and sglang-router.
+        log_dir: folder for the children's logs; None makes one that is kept.
+        timeouts: bounds on starting and stopping.
+    """
+
+    servers: tuple[ServerConfig, ...]
+    router: RouterConfig
+    python: str
+    log_dir: Path | None
+    timeouts: Timeouts
+
+
+class Fleet:
+    """Running servers behind a running router.
+
+    Attributes:
+        router_url: where requests go.
+        server_urls: the servers, in the order of the plan.
+        log_dir: where their logs are.
+        router_version: version of sglang-router.
+    """
+
+    def __init__(
+        self, plan: FleetPlan, *, server_ready: ReadyCheck, router_ready: ReadyCheck
+    ) -> None:
+        """Starts everything, or nothing.
+
+        Args:
+            plan: what to start.
+            server_ready: asks one server's URL whether it takes requests.
+            router_ready: asks the router's URL whether it has every server.
+
+        Raises:
+            LaunchError: something did not start; everything else was ended again.
+        """
+        self._plan = plan
+        self._children: list[ChildProcess] = []
+        self.log_dir = plan.log_dir or Path(tempfile.mkdtemp(prefix="torchrl_sglang_"))
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.router_version = self._check_installed()
+        try:
+            with ThreadPoolExecutor(len(plan.servers)) as pool:
+                starts = [pool.submit(self._start_server, i, server_ready) for i in self._indices]
+                self.server_urls = [start.result() for start in _fail_fast(starts, self.stop)]
+            self.router_url = self._start_router(router_ready)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def _indices(self) -> range:
+        return range(len(self._plan.servers))
+
+    def _check_installed(self) -> str:
+        """The router's version; raises `EngineNotFoundError` where something is missing."""
+        versions = {
+            name: installed_version(self._plan.python, name) for name in ("sglang", "sglang-router")
+        }
+        for name, version in versions.items():
+            if version is None:
+                raise EngineNotFoundError(
+                    f"a managed start needs {name}, which {self._plan.python} does not have. "
+                    "Install it there (GPU: pip install 'torchrl-sglang[sglang]'; CPU: the pinned "
+                    "lists in requirements/, which `make env` installs), name an environment that "
+                    "has it with server_python=, or attach to a running server with "
+                    "AsyncSGLang.connect(url)."
+                )
+        return str(versions["sglang-router"])
+
+    def _start_server(self, index: int, is_ready: ReadyCheck) -> str:
+        config = self._plan.servers[index]
+
+        def start(port: int, second_port: int) -> ChildProcess:
+            argv = server_argv(config, python=self._plan.python, port=port, nccl_port=second_port)
+            return self._spawn(f"server-{index}", argv, server_env(config, os.environ))
+
+        return self._start(config.host, config.port, start, is_ready)
+
+    def _start_router(self, is_ready: ReadyCheck) -> str:
+        config = self._plan.router
+
+        def start(port: int, second_port: int) -> ChildProcess:
+            argv = router_argv(
+                config,
+                python=self._plan.python,
+                port=port,
+                prometheus_port=second_port,
+                worker_urls=self.server_urls,
+                api_key=self._plan.servers[0].api_key,
+            )
+            return self._spawn("router", argv, dict(os.environ))
+
+        return self._start(config.host, config.port, start, is_ready)
+
+    def _start(
+        self,
+        host: str,
+        wanted_port: int | None,
+        start: Callable[[int, int], ChildProcess],
+        is_ready: ReadyCheck,
+    ) -> str:
+        """Starts one child on a port of its own; another free port if that one was lost."""
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            with PortReservation(host, wanted_port) as http, PortReservation() as second:
+                child = start(http.port, second.port)
+                url = f"http://{_url_host(host)}:{http.port}"
+                try:
+                    child.wait_until(lambda url=url: is_ready(url), self._plan.timeouts.start_s)  # type: ignore[misc]
+                    return url
+                except ProcessDiedError as error:
+                    lost_port = any(mark in error.log_tail for mark in PORT_IN_USE)
+                    if not lost_port or wanted_port is not None or attempt == PORT_ATTEMPTS:
+                        raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _spawn(self, name: str, argv: Sequence[str], env: dict[str, str]) -> ChildProcess:
+        child = ChildProcess(
+            name,
+            argv,
+            env=env,
+            log_path=self.log_dir / f"{name}.log",
+            grace_s=self._plan.timeouts.stop_s,
+        )
+        self._children.append(child)
+        return child
+
+    def dead_children(self) -> list[ChildProcess]:
+        """Children that ended though nobody stopped them."""
+        return [child for child in self._children if child.exit_code is not None]
+
+    def stop(self) -> None:
+        """Ends router and servers, all at once; harmless twice."""
+        children, self._children = self._children, []
+        for child in children:
+            child.ask_stop()
+        for child in reversed(children):
+            child.stop()
+
+
+def _url_host(host: str) -> str:
+    """The host part of a URL at which this machine reaches a server that listens on ``host``."""
+    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+    return local.get(host, f"[{host}]" if ":" in host else host)
+
+
+def _fail_fast(starts: Sequence, stop: Callable[[], None]) -> Sequence:  # type: ignore[type-arg]
+    """The finished starts; the first failure stops the others' children at once."""
+    from concurrent.futures import FIRST_EXCEPTION, wait
+
+    done, pending = wait(starts, return_when=FIRST_EXCEPTION)
+    if pending:
+        with contextlib.suppress(Exception):
+            stop()
+        for start in done:
+            start.result()
+    return starts

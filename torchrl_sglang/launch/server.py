@@ -1,0 +1,146 @@
+"""The command line and environment of one SGLang server, as pure functions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import ServerConfig
+from ..errors import ConfigError
+
+CPU_SERVE = Path(__file__).parent.parent / "cpu" / "serve.py"
+
+# SGLang serves a dense text model on CPU with these; ``sleep_on_idle`` gives the core back.
+CPU_DEFAULTS: dict[str, Any] = {
+    "attention_backend": "torch_native",
+    "disable_overlap_schedule": True,
+    "mem_fraction_static": 0.1,
+    "sleep_on_idle": True,
+}
+
+# Options that have an argument of their own; a second value through extra_args would be ambiguous.
+OWN_OPTIONS = {
+    "model_path": "model_name",
+    "device": "device",
+    "tp_size": "tp_size",
+    "tensor_parallel_size": "tp_size",
+    "dp_size": "dp_size",
+    "data_parallel_size": "dp_size",
+    "pp_size": "pp_size",
+    "pipeline_parallel_size": "pp_size",
+    "ep_size": "ep_size",
+    "expert_parallel_size": "ep_size",
+    "host": "host",
+    "port": "server_ports",
+    "api_key": "api_key",
+    "admin_api_key": "admin_api_key",
+}
+
+
+def server_argv(config: ServerConfig, *, python: str, port: int, nccl_port: int) -> list[str]:
+    """The command that starts one server.
+
+    Args:
+        config: what to start.
+        python: interpreter that has SGLang.
+        port: HTTP port.
+        nccl_port: port of the rendezvous between the server's own ranks.
+    """
+    on_cpu = config.device == "cpu"
+    entry = ["-P", str(CPU_SERVE)] if on_cpu else ["-m", "sglang.launch_server"]
+    options: dict[str, Any] = {
+        "model_path": config.model_path,
+        "device": config.device,
+        "host": config.host,
+        "port": port,
+        "nccl_port": nccl_port,
+        "tp_size": config.tp_size,
+        "dp_size": config.dp_size,
+        "pp_size": config.pp_size,
+        "ep_size": config.ep_size,
+        "api_key": config.api_key,
+        "admin_api_key": config.admin_api_key,
+        **(CPU_DEFAULTS if on_cpu else gpu_placement(config.cuda_devices)),
+        **config.extra_args,
+    }
+    return [python, *entry, *flags(options)]
+
+
+def gpu_placement(devices: tuple[int, ...] | None) -> dict[str, Any]:
+    """Options that put a server on evenly spaced GPUs while it still sees all of them.
+
+    Server and trainer should see the same GPUs, or NCCL may not find the link between them; only
+    unevenly spaced GPUs are set apart by ``CUDA_VISIBLE_DEVICES`` (`server_env`).
+    """
+    step = _even_step(devices)
+    if devices is None or step is None:
+        return {}
+    return {"base_gpu_id": devices[0], "gpu_id_step": step}
+
+
+def _even_step(devices: tuple[int, ...] | None) -> int | None:
+    if not devices:
+        return None
+    steps = {b - a for a, b in itertools.pairwise(devices)} or {1}
+    return steps.pop() if len(steps) == 1 and min(steps) > 0 else None
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """``{"tp_size": 2, "sleep_on_idle": True}`` to ``["--tp-size", "2", "--sleep-on-idle"]``."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or value is False:
+            continue
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)]
+        elif isinstance(value, Mapping):
+            words += [flag, json.dumps(value)]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def check_extra_args(extra_args: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for an option that has an argument of its own."""
+    for name in extra_args:
+        if name in OWN_OPTIONS:
+            raise ConfigError(
+                f"server option {name!r} has an argument of its own: pass {OWN_OPTIONS[name]}=."
+            )
+
+
+def server_env(config: ServerConfig, base: Mapping[str, str]) -> dict[str, str]:
+    """The environment of one server.
+
+    Args:
+        config: what to start.
+        base: the environment to start from, usually this process's own.
+    """
+    env = dict(base)
+    if config.device == "cpu":
+        env["SGLANG_USE_CPU_ENGINE"] = "1"
+    else:
+        # The server would set 0 for itself, and a trainer that sets nothing would then fail in the
+        # first broadcast; 1 is what torch gives the trainer.
+        env.setdefault("NCCL_CUMEM_ENABLE", "1")
+        if config.cuda_devices is not None and _even_step(config.cuda_devices) is None:
+            env["CUDA_VISIBLE_DEVICES"] = _visible(config.cuda_devices, base)
+    return env
+
+
+def _visible(devices: tuple[int, ...], base: Mapping[str, str]) -> str:
+    """Device numbers of this process as a child's ``CUDA_VISIBLE_DEVICES``."""
+    seen = [word for word in base.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
+    if not seen:
+        return ",".join(map(str, devices))
+    if max(devices) >= len(seen):
+        raise ConfigError(
+            f"cuda_devices={list(devices)}, but CUDA_VISIBLE_DEVICES shows only {len(seen)} GPUs."
+        )
+    return ",".join(seen[d] for d in devices)

@@ -1,0 +1,80 @@
+"""What a service holds in one process alone: threads, sockets and child processes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+from .attach import Cluster, Credentials, attach
+from .background import BackgroundLoop
+from .client import DataClient
+from .config import Timeouts
+from .gate import UpdateGate
+from .launch.fleet import Fleet
+from .protocol import Completion, GenerateRequest
+
+
+class LocalResources:
+    """Everything of a service that must not travel to another process.
+
+    Attributes:
+        gate: holds requests while weights change.
+        lock: guards what is made on first use.
+        fleet: the children, if this process started them.
+        pushed_version: the version that this process pushed last.
+        cluster: what answers at the URL, once it was asked.
+    """
+
+    def __init__(self) -> None:
+        self.gate = UpdateGate()
+        self.lock = threading.RLock()
+        self.fleet: Fleet | None = None
+        self.pushed_version: int | None = None
+        self.cluster: Cluster | None = None
+        self._pid = os.getpid()
+        self._loop: BackgroundLoop | None = None
+        self._data: DataClient | None = None
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a forked copy of another process's resources."""
+        return os.getpid() != self._pid
+
+    def attached(self, url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
+        """The cluster behind ``url``, asked for once."""
+        with self.lock:
+            if self.cluster is None:
+                self.cluster = attach(url, keys, timeouts)
+            return self.cluster
+
+    def generate_all(
+        self,
+        batch: Sequence[GenerateRequest],
+        cache_salt: str | None,
+        *,
+        url: str,
+        api_key: str | None,
+        timeouts: Timeouts,
+    ) -> list[Completion]:
+        """Sends a batch over the connection pool, which the first call makes."""
+        with self.lock:
+            if self._loop is None or self._data is None:
+                self._loop = BackgroundLoop("torchrl_sglang")
+                self._data = DataClient(url, api_key=api_key, timeouts=timeouts)
+            loop, data = self._loop, self._data
+        return loop.run(data.generate_all(batch, cache_salt))
+
+    def close(self) -> None:
+        """Ends threads and children; harmless twice and in a forked copy."""
+        if self.foreign:
+            return
+        self.gate.close()
+        with self.lock:
+            loop, data, fleet = self._loop, self._data, self.fleet
+            self._loop = self._data = self.fleet = None
+        if loop is not None and data is not None:
+            loop.run(data.close())
+            loop.close()
+        if fleet is not None:
+            fleet.stop()

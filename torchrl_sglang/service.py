@@ -1,0 +1,347 @@
+"""`AsyncSGLang`: SGLang servers behind a router, started here or attached to."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from .attach import Cluster, Credentials
+from .client import ControlClient
+from .config import RouterConfig, ServerConfig, Timeouts
+from .engine import RLSGLangEngine
+from .errors import ConfigError, EmptyBatchError
+from .gate import ServiceState, UpdateGate
+from .launch.fleet import FleetPlan
+from .local import LocalResources
+from .protocol import INITIAL_VERSION, Completion, GenerateRequest, WorkerInfo
+from .requests_in import to_requests
+from .sampling import SamplingParams
+from .start import choose_device, plan_fleet, start_fleet
+
+Prompts = str | GenerateRequest | Sequence[int] | Sequence[str | Sequence[int] | GenerateRequest]
+
+
+class AsyncSGLang(RLSGLangEngine):
+    """The rollout service: generates with SGLang servers that it started or attached to.
+
+    Managed (`from_pretrained`): starts servers and one router, and ends them in `shutdown`, on
+    leaving the ``with`` block, and whenever this process ends. External (`connect`): uses a running
+    router or server and owns nothing. Safe to use from several threads. Picklable: a copy in
+    another process attaches on first use, owns nothing and learns the version from the servers.
+
+    Args:
+        server_url: URL of a running router or server; same as `connect`.
+        api_key: its API key.
+        admin_api_key: key of its control routes, where they have their own.
+        timeouts: every bound on waiting.
+
+    Raises:
+        ConnectError: nothing that is known answers there.
+    """
+
+    def __init__(
+        self,
+        server_url: str,
+        *,
+        api_key: str | None = None,
+        admin_api_key: str | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        self.timeouts = timeouts or Timeouts()
+        self._keys = Credentials(api_key=api_key, admin_api_key=admin_api_key)
+        self._url = server_url
+        self._set_local(LocalResources())
+        self.cluster  # noqa: B018  # attaches now, so that a wrong URL raises here
+
+    def _set_local(self, local: LocalResources) -> None:
+        self._own = local
+        # Also at interpreter exit: an event loop that still runs then can crash it.
+        self._finalizer = weakref.finalize(self, local.close)
+
+    @property
+    def _local(self) -> LocalResources:
+        """This process's resources; a forked copy makes its own on first use."""
+        if self._own.foreign:
+            self._finalizer.detach()
+            self._set_local(LocalResources())
+        return self._own
+
+    @classmethod
+    def connect(
+        cls,
+        url: str,
+        *,
+        api_key: str | None = None,
+        admin_api_key: str | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> Self:
+        """Attaches to a running router or server; arguments and errors as in the constructor."""
+        return cls(url, api_key=api_key, admin_api_key=admin_api_key, timeouts=timeouts)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str,
+        *,
+        num_replicas: int = 1,
+        tp_size: int = 1,
+        dp_size: int = 1,
+        pp_size: int = 1,
+        ep_size: int = 1,
+        device: str | None = None,
+        cuda_devices: Sequence[int] | None = None,
+        server_python: str | None = None,
+        router: RouterConfig | None = None,
+        server_ports: Sequence[int] | None = None,
+        api_key: str | None = None,
+        admin_api_key: str | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
+        timeouts: Timeouts | None = None,
+        **server_args: Any,
+    ) -> Self:
+        """Starts servers and a router, and returns once they take requests.
+
+        Args:
+            model_name: folder or hub name of the model.
+            num_replicas: servers behind the router.
+            tp_size: tensor-parallel ranks per server.
+            dp_size: data-parallel ranks per server; prefer ``num_replicas``, which weights can be
+                broadcast to.
+            pp_size: pipeline-parallel ranks per server.
+            ep_size: expert-parallel ranks per server.
+            device: ``"cpu"`` or ``"cuda"``; by default CUDA where a GPU is visible.
+            cuda_devices: GPUs to use, divided among the replicas in order.
+            server_python: interpreter of an environment that has SGLang; this one by default.
+            router: how requests are spread.
+            server_ports: fixed ports, one per replica; free ones by default.
+            api_key: key of servers and router; random by default.
+            admin_api_key: key of the control routes; random by default.
+            log_dir: folder for the logs; a new temporary one by default.
+            timeouts: every bound on waiting.
+            **server_args: further ``sglang.launch_server`` options, such as
+                ``mem_fraction_static=0.8``.
+
+        Raises:
+            ConfigError: an argument is wrong, or the model's folder is.
+            LaunchError: something did not start; its argv, exit code and last log lines are in the
+                message, and nothing is left running.
+        """
+        timeouts = timeouts or Timeouts()
+        keys = Credentials(
+            api_key=api_key or secrets.token_urlsafe(24),
+            admin_api_key=admin_api_key or secrets.token_urlsafe(24),
+        )
+        server = ServerConfig(
+            model_path=model_name,
+            device=choose_device(device),
+            tp_size=tp_size,
+            dp_size=dp_size,
+            pp_size=pp_size,
+            ep_size=ep_size,
+            api_key=keys.api_key,
+            admin_api_key=keys.admin_api_key,
+            extra_args=server_args,
+        )
+        servers = plan_fleet(
+            server, num_replicas=num_replicas, cuda_devices=cuda_devices, ports=server_ports
+        )
+        plan = FleetPlan(
+            servers=servers,
+            router=router or RouterConfig(),
+            python=server_python or sys.executable,
+            log_dir=Path(log_dir) if log_dir is not None else None,
+            timeouts=timeouts,
+        )
+        fleet = start_fleet(plan, keys)
+        try:
+            service = cls(
+                fleet.router_url,
+                api_key=keys.api_key,
+                admin_api_key=keys.admin_api_key,
+                timeouts=timeouts,
+            )
+        except BaseException:
+            fleet.stop()
+            raise
+        service._local.fleet = fleet
+        return service
+
+    # Generation
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Completes one prompt, or many at once.
+
+        Args:
+            prompts: a text, token ids or a `GenerateRequest`; or a sequence of any of these.
+            sampling_params: how to sample; not with `GenerateRequest`, which brings its own.
+
+        Returns:
+            A `Completion` for one prompt, else a list of them in the order of the prompts.
+
+        Raises:
+            InputError: an empty batch, an empty prompt, or one longer than the context.
+            ServiceBrokenError: the last weight push failed.
+            ServiceError: refused, failed, timed out, or an answer that must not be trained on.
+        """
+        batch, single = to_requests(prompts, sampling_params)
+        completions = self.complete(batch)
+        return completions[0] if single else completions
+
+    def complete(self, batch: Sequence[GenerateRequest]) -> list[Completion]:
+        """Completes requests, all in flight at once; waits while a weight push is under way."""
+        if not batch:
+            raise EmptyBatchError("the batch has no prompt.")
+        self.info.check_prompt_lengths(batch)
+        self.gate.wait_until_open(self.timeouts.request_s)
+        return self._local.generate_all(
+            batch,
+            self._cache_salt(),
+            url=self.server_url,
+            api_key=self._keys.api_key,
+            timeouts=self.timeouts,
+        )
+
+    def _cache_salt(self) -> str | None:
+        """Separates prefixes cached under different weights, where the servers can."""
+        if not self.info.capabilities.cache_salt:
+            return None
+        return f"weights-{self.weight_version}"
+
+    # What is served, and by whom
+
+    @property
+    def cluster(self) -> Cluster:
+        """What answers at the URL; a copy in another process attaches here, on first use."""
+        return self._local.attached(self._url, self._keys, self.timeouts)
+
+    @property
+    def gate(self) -> UpdateGate:
+        """Holds requests while weights change."""
+        return self._local.gate
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What the first server says of itself."""
+        return self.cluster.infos[0]
+
+    @property
+    def workers(self) -> tuple[ControlClient, ...]:
+        """A control client per server."""
+        return self.cluster.workers
+
+    @property
+    def state(self) -> ServiceState:
+        """Whether the servers run whole weights; see `ServiceState`."""
+        return self.gate.state
+
+    @property
+    def weight_version(self) -> str:
+        """Version of the weights that the servers run.
+
+        Known without asking in the process that pushes; elsewhere the servers are asked.
+        """
+        if self._local.pushed_version is not None:
+            return str(self._local.pushed_version)
+        answer = self.workers[0].get("/model_info")
+        return str(answer.get("weight_version", INITIAL_VERSION))
+
+    def set_pushed_version(self, version: int) -> None:
+        """Called by the weight sync once every server runs ``version``."""
+        self._local.pushed_version = version
+
+    @property
+    def server_url(self) -> str:
+        """URL that takes requests: the router's, or the single server's."""
+        return self.cluster.url
+
+    @property
+    def sglang_version(self) -> str:
+        """Version of SGLang that serves."""
+        return self.info.version
+
+    @property
+    def model_path(self) -> str:
+        """Folder or hub name of the model, as the servers know it."""
+        return self.info.model_path
+
+    @property
+    def api_key(self) -> str | None:
+        """The API key that clients of `server_url` need."""
+        return self._keys.api_key
+
+    @property
+    def log_dir(self) -> Path | None:
+        """Folder of the children's logs; None in external mode."""
+        return self._local.fleet.log_dir if self._local.fleet else None
+
+    @property
+    def router_version(self) -> str | None:
+        """Version of the router that was started here; an external one does not tell."""
+        return self._local.fleet.router_version if self._local.fleet else None
+
+    def get_tp_size(self) -> int:
+        """Tensor-parallel ranks per server."""
+        return self.info.tp_size
+
+    def get_dp_size(self) -> int:
+        """Data-parallel ranks per server."""
+        return self.info.dp_size
+
+    def refresh(self) -> None:
+        """Asks the router and the servers again: after workers joined or left."""
+        with self._local.lock:
+            self._local.cluster = None
+
+    def flush_cache(self) -> None:
+        """Empties the prefix cache of every server.
+
+        Raises:
+            ServiceError: a server refused; SGLang does so while requests are in flight.
+        """
+        for worker in self.workers:
+            worker.post("/flush_cache")
+
+    # Life
+
+    def shutdown(self) -> None:
+        """Ends what this object started, and refuses further use; harmless twice."""
+        self._local.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self._url, "keys": self._keys, "timeouts": self.timeouts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._url, self._keys, self.timeouts = state["url"], state["keys"], state["timeouts"]
+        self._set_local(LocalResources())
+
+    def __repr__(self) -> str:
+        kind = "managed" if self._local.fleet else "external"
+        return f"{type(self).__name__}({self._url!r}, {kind}, {self.gate.state.value})"
+
+
+def make_sglang_server(model_name: str, **kwargs: Any) -> AsyncSGLang:
+    """Same as `AsyncSGLang.from_pretrained`, under TorchRL's name for it."""
+    if not isinstance(model_name, str):
+        raise ConfigError(f"model_name is a folder or hub name, got {model_name!r}.")
+    return AsyncSGLang.from_pretrained(model_name, **kwargs)

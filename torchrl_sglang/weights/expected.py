@@ -1,0 +1,70 @@
+"""What the served model's parameters are, from its config alone: names, shapes and dtypes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import WeightsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """The parameters of a model.
+
+    Attributes:
+        model_path: where its config is.
+        parameters: dtype and shape of each, tied ones once, in the model's order.
+        tied: names that share their memory with one of these.
+        buffers: names of buffers, which the servers compute themselves.
+        dtype: dtype of the checkpoint.
+    """
+
+    model_path: str
+    parameters: dict[str, tuple[torch.dtype, torch.Size]]
+    tied: frozenset[str]
+    buffers: frozenset[str]
+    dtype: torch.dtype
+
+
+@functools.lru_cache(maxsize=8)
+def expected_model(model_path: str) -> Expected:
+    """Builds the model on the meta device and lists its parameters.
+
+    Raises:
+        WeightsError: its config can't be loaded on this machine.
+    """
+    model = meta_model(model_path)
+    parameters = {name: (p.dtype, p.shape) for name, p in model.named_parameters()}
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    return Expected(
+        model_path=model_path,
+        parameters=parameters,
+        tied=frozenset(everything) - frozenset(parameters),
+        buffers=frozenset(name for name, _ in model.named_buffers()),
+        dtype=model.config.dtype or next(model.parameters()).dtype,
+    )
+
+
+def meta_model(model_path: str) -> Any:
+    """The model without any weights; errors as in `expected_model`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model_path)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise WeightsError(
+            f"the config of the served model {model_path!r} can't be loaded here "
+            f"({type(error).__name__}: {error}), so its parameters aren't known. Make the same "
+            "path available to the trainer, or pass model_path= to the weight sync scheme."
+        ) from error
+
+
+def expected_parameters(model_path: str) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Dtype and shape of each parameter that a push sends; errors as in `expected_model`."""
+    return dict(expected_model(model_path).parameters)

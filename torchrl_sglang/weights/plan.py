@@ -1,0 +1,125 @@
+"""Which bytes go into which broadcast: pure functions over names, sizes and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import TopologyError
+from ..protocol import WorkerInfo
+
+FLATTENED = "flattened_bucket"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor as it is announced.
+
+    Attributes:
+        name: Hugging Face's name.
+        dtype: torch's name without ``torch.``.
+        shape: its shape.
+        item_bytes: bytes of one element.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    item_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.item_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Tensors that travel in one broadcast, end to end, as raw bytes in this order."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the broadcast."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    def announcement(self, group_name: str) -> dict[str, Any]:
+        """The body of ``/update_weights_from_distributed``."""
+        return {
+            "names": [tensor.name for tensor in self.tensors],
+            "dtypes": [tensor.dtype for tensor in self.tensors],
+            "shapes": [list(tensor.shape) for tensor in self.tensors],
+            "group_name": group_name,
+            "load_format": FLATTENED,
+            # The defaults are unsafe: a flush can fail after the weights changed, and the version
+            # would be set before every engine has everything.
+            "flush_cache": False,
+            "abort_all_requests": False,
+            "weight_version": None,
+        }
+
+
+def plan_buckets(tensors: Iterable[TensorSpec], bucket_bytes: int) -> list[Bucket]:
+    """Divides tensors into buckets of at most ``bucket_bytes``; a larger tensor is one alone.
+
+    Wider elements come first: the server refuses a tensor whose offset in the bucket is not a
+    multiple of its element size, and any sum of wider elements is.
+    """
+    buckets: list[Bucket] = []
+    held: list[TensorSpec] = []
+    size = 0
+    for tensor in sorted(tensors, key=lambda t: -t.item_bytes):
+        if held and size + tensor.num_bytes > bucket_bytes:
+            buckets.append(Bucket(tensors=tuple(held)))
+            held, size = [], 0
+        held.append(tensor)
+        size += tensor.num_bytes
+    if held:
+        buckets.append(Bucket(tensors=tuple(held)))
+    return buckets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Who is who in the collective; the trainer is rank 0.
+
+    Attributes:
+        world_size: the trainer and every rank of every server.
+        offsets: first rank of each server.
+    """
+
+    world_size: int
+    offsets: tuple[int, ...]
+
+
+def plan_ranks(workers: Sequence[WorkerInfo]) -> Ranks:
+    """Numbers the ranks of all servers.
+
+    Raises:
+        TopologyError: a server has data- or pipeline-parallel ranks, which a broadcast can't reach.
+    """
+    offsets, next_rank = [], 1
+    for worker in workers:
+        check_topology(worker)
+        offsets.append(next_rank)
+        next_rank += worker.tp_size
+    return Ranks(world_size=next_rank, offsets=tuple(offsets))
+
+
+def check_topology(worker: WorkerInfo) -> None:
+    """Raises `TopologyError` where SGLang refuses a broadcast, or hangs in it."""
+    if worker.pp_size > 1:
+        raise TopologyError(
+            f"{worker.url} runs with pp_size={worker.pp_size}: a weight broadcast deadlocks there. "
+            "Use tp_size instead, or more replicas."
+        )
+    if worker.dp_size > 1 and not worker.dp_attention:
+        raise TopologyError(
+            f"{worker.url} runs with dp_size={worker.dp_size}: SGLang takes no weight broadcast "
+            "there. Use num_replicas instead of dp_size."
+        )

@@ -1,0 +1,152 @@
+"""From whatever a trainer holds to named tensors in Hugging Face's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+
+from ..errors import NotConnectedError, WeightsError
+from .expected import Expected
+
+# Wrappers that a training script puts around its model: the attribute that holds the model.
+WRAPPER_ATTRIBUTES = ("_orig_mod", "module", "model")
+# What the same wrappers leave in the names of a state dict.
+INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+PREFIXES = ("module.", "model.")
+MAX_NAMES_SHOWN = 5
+
+
+def named_weights(source: Any) -> dict[str, torch.Tensor]:
+    """Names and tensors of a module, a wrapper, a TensorDict or a state dict; nothing is copied.
+
+    Of tensors that share their memory (tied embeddings) only the first is kept.
+
+    Raises:
+        NotConnectedError: ``source`` is None.
+        WeightsError: it is something else, or holds no tensor.
+    """
+    if source is None:
+        raise NotConnectedError(
+            "there are no weights to push: pass the model to update_policy_weights_(model), or "
+            "register it once with scheme.register_model(model)."
+        )
+    if isinstance(source, nn.Module):
+        found: Mapping[str, Any] = unwrap(source).state_dict()
+    elif isinstance(source, TensorDictBase):
+        found = dict(source.flatten_keys(".").items())
+    elif isinstance(source, Mapping):
+        found = source
+    else:
+        raise WeightsError(
+            f"can't take weights from a {type(source).__name__}: pass a module, a TensorDict or a "
+            "state dict."
+        )
+    tensors = {_plain(name): value for name, value in found.items()}
+    wrong = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if wrong or not tensors:
+        raise WeightsError(
+            f"these entries are no tensors: {shown(wrong)}." if wrong else "the weights are empty."
+        )
+    return untied(tensors)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The Hugging Face model inside TorchRL's, DDP's and ``torch.compile``'s wrappers."""
+    while not hasattr(module, "config"):
+        inner = next(
+            (
+                candidate
+                for name in WRAPPER_ATTRIBUTES
+                if isinstance(candidate := getattr(module, name, None), nn.Module)
+            ),
+            None,
+        )
+        if inner is None:
+            return module
+        module = inner
+    return getattr(module, "_orig_mod", module)
+
+
+def _plain(name: str) -> str:
+    for infix in INFIXES:
+        name = name.replace(infix, "")
+    return name
+
+
+def untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without those that are the same memory under another name."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        kept[name] = tensor
+    return kept
+
+
+def matched(weights: Mapping[str, torch.Tensor], expected: Expected) -> dict[str, torch.Tensor]:
+    """The weights under the served model's names, checked to be that model, whole.
+
+    Raises:
+        WeightsError: a name is unknown or missing, a shape is another, a dtype is not floating.
+    """
+    known = set(expected.parameters) | expected.tied | expected.buffers
+    named = dict(weights)
+    while not known.issuperset(named):
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in named)), None)
+        if prefix is None:
+            break
+        named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        # Judged by the names as they were given, which the caller recognises.
+        unknown = [name for name in weights if name not in known] or unknown
+        raise WeightsError(
+            f"{len(unknown)} names are not of the served model {expected.model_path}: "
+            f"{shown(unknown)}. It has names like {shown(list(expected.parameters))}."
+        )
+    missing = [name for name in expected.parameters if name not in named]
+    if missing:
+        raise WeightsError(
+            f"{len(missing)} of {len(expected.parameters)} parameters of {expected.model_path} are "
+            f"missing: {shown(missing)}. A push takes the whole model."
+        )
+    named = {name: tensor for name, tensor in named.items() if name in expected.parameters}
+    check_shapes(named, expected)
+    check_dtypes(named)
+    return named
+
+
+def check_shapes(weights: Mapping[str, torch.Tensor], expected: Expected) -> None:
+    """Raises `WeightsError` for a tensor of another shape than the served model's."""
+    for name, tensor in weights.items():
+        _, shape = expected.parameters[name]
+        if tensor.shape != shape:
+            raise WeightsError(
+                f"{name} has shape {tuple(tensor.shape)}; {expected.model_path} has {tuple(shape)}:"
+                " is it the same model?"
+            )
+
+
+def check_dtypes(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises `WeightsError` for a tensor that can't be cast to the served model's dtype."""
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise WeightsError(
+                f"{name} has dtype {tensor.dtype}: weights are pushed as float16, bfloat16, "
+                "float32 or float64, which are cast to the served model's dtype."
+            )
+        if tensor.is_meta:
+            raise WeightsError(f"{name} is on the meta device: it has no values to push.")
+
+
+def shown(names: list[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+    return ", ".join(names[:MAX_NAMES_SHOWN]) + more
