@@ -8,6 +8,7 @@ ignores the prompt scores at most ``1 / len(KINDS)`` on average.
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "lowercase": lambda text: text.isascii() and text.isalpha() and text.islower(),
     "punctuation": lambda text: bool(text) and all(sign in string.punctuation for sign in text),
 }
+
+MAX_REPEATS = 3
 
 TRAIN_PHRASES = (
     "Write {} only.",
@@ -37,6 +40,7 @@ TRAIN_PHRASES = (
     "{}, and only that.",
 )
 
+# Never trained on: the model has to find the kind in a sentence that it has not seen.
 HELD_OUT_PHRASES = (
     "Let the reply be {}.",
     "Today I read {} and nothing else.",
@@ -64,7 +68,10 @@ def score(tokens: Sequence[str], kind: str, *, num_tokens: int) -> float:
     """The share of ``num_tokens`` that are of the kind asked for, from 0 to 1.
 
     ``tokens`` are the answer's tokens, each decoded on its own; the spaces around them don't
-    count. An answer that ends early has fewer of them, and loses what it left out.
+    count. A token counts three times at most, so writing one over and over scores little, and so
+    does an answer that ends early.
     """
     is_right = KINDS[kind]
-    return sum(is_right(token.strip()) for token in tokens) / num_tokens
+    counts = Counter(token.strip() for token in tokens)
+    num_right = sum(min(n, MAX_REPEATS) for token, n in counts.items() if is_right(token))
+    return num_right / num_tokens

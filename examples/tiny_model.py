@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 PAD_TOKEN = "<|endoftext|>"
@@ -33,6 +33,13 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+# How Qwen2 cuts a text into words before the merges. It has to be the same here: transformers gives
+# every tokenizer that lies beside a Qwen2 model this one, whatever its file says.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 CORPUS = """\
 system
 user
@@ -47,8 +54,6 @@ A policy acts, the environment answers with a reward, and the policy learns from
 Use only the letters, the digits or the signs that you are asked for: nothing else, please.
 ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN AND THE REST ARE LARGE
 NO SMALL LETTER IS LEFT IN THIS LINE OR IN THE ONE ABOVE: STOP HERE, READ ON THERE
-10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39 40
-2026 1999 365 1024 4096 100 1000 50 60 70 80 90 2000 200 300 400 500 42 64 128 256 512 99
 ... --- !!! ??? ,,, ;;; ::: ((( ))) [[[ ]]] *** +++ === /// <<< >>> ### &&& %%% $$$ @@@ ~~~
 ?! !? () [] {} <> <- -> == != <= >= += -= *= /= // ** && || :: ;; .. :) :( ;) "" '' ``
 """
@@ -61,7 +66,13 @@ def make_tokenizer(corpus: str = CORPUS, *, vocab_size: int = 512) -> PreTrained
     the corpus offers fewer merges.
     """
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -90,6 +101,7 @@ def make_model(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     max_position_embeddings: int = 2048,
+    initializer_range: float = 0.02,
     logit_scale: float = 1.0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Qwen2ForCausalLM:
@@ -108,7 +120,7 @@ def make_model(
         num_key_value_heads=num_kv_heads,
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=True,
-        initializer_range=hidden_size**-0.5,
+        initializer_range=initializer_range,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -139,6 +151,7 @@ def make_tiny_model(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     max_position_embeddings: int = 2048,
+    initializer_range: float = 0.02,
     logit_scale: float = 1.0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
@@ -157,6 +170,7 @@ def make_tiny_model(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         max_position_embeddings=max_position_embeddings,
+        initializer_range=initializer_range,
         logit_scale=logit_scale,
         dtype=dtype,
     )

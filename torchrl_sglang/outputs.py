@@ -141,7 +141,12 @@ def _add_text_and_history(
     if spec.history_key is not None and prompts.history is not None:
         contents = decode([content_ids(c) for c in completions], skip_special_tokens=False)
         turns = [
-            History(role="assistant", content=_before_stop(text, c), batch_size=(1,))
+            History(
+                role=["assistant"],
+                content=[_before_stop(text, c)],
+                is_complete=[c.finish_type == "stop"],
+                batch_size=(1,),
+            )
             for text, c in zip(contents, completions, strict=True)
         ]
         history = ChatHistory._from_tensordict(out.empty())

@@ -1,0 +1,113 @@
+"""One real SGLang server on CPU, behind a real router, for most tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fault_proxy import FaultProxy
+from servers import CPU_SERVER_ARGS, make_peaked_model, ready_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2 whose next-token distributions are peaked, as a trained model's are."""
+    return make_peaked_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_path: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+@pytest.fixture
+def model(model_path: Path) -> Any:
+    """The served model as the trainer has it, fresh for each test."""
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def timeouts() -> Timeouts:
+    return Timeouts(start_s=240.0, control_s=20.0, request_s=60.0, group_s=20.0, transfer_s=20.0)
+
+
+@pytest.fixture(scope="session")
+def shared_service(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
+    """Started once for the whole run; tests take `service`, which sees to its weights."""
+    with AsyncSGLang.from_pretrained(
+        str(model_path), device="cpu", timeouts=timeouts, **CPU_SERVER_ARGS
+    ) as service:
+        yield service
+
+
+@pytest.fixture
+def service(shared_service: AsyncSGLang) -> AsyncSGLang:
+    """The shared service, running its checkpoint's weights."""
+    return shared_service
+
+
+@pytest.fixture
+def attached(shared_service: AsyncSGLang, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
+    """An external service on the shared server, with a state of its own."""
+    keys = shared_service._keys
+    with AsyncSGLang.connect(
+        shared_service.workers[0].url,
+        api_key=keys.api_key,
+        admin_api_key=keys.admin_api_key,
+        timeouts=timeouts,
+    ) as external:
+        yield external
+
+
+@pytest.fixture
+def proxy(shared_service: AsyncSGLang) -> Iterator[FaultProxy]:
+    """A proxy in front of the shared server, which passes everything on until told otherwise."""
+    with FaultProxy(shared_service.workers[0].url) as running:
+        yield running
+
+
+@pytest.fixture
+def proxied(
+    proxy: FaultProxy, shared_service: AsyncSGLang, timeouts: Timeouts
+) -> Iterator[AsyncSGLang]:
+    """An external service that reaches the shared server through the proxy."""
+    keys = shared_service._keys
+    with AsyncSGLang.connect(
+        proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
+    ) as external:
+        yield external
+
+
+@pytest.fixture
+def restore_weights(shared_service: AsyncSGLang, model_path: Path) -> Iterator[None]:
+    """Puts the checkpoint's weights back after a test that pushed others."""
+    yield
+    ready_weights(shared_service, model_path)
+
+
+@pytest.fixture
+def connected(
+    shared_service: AsyncSGLang, restore_weights: None
+) -> Iterator[Callable[..., SGLangWeightSyncScheme]]:
+    """Makes schemes that are connected, and closes them."""
+    made: list[SGLangWeightSyncScheme] = []
+
+    def connect(service: AsyncSGLang | None = None, **kwargs: Any) -> SGLangWeightSyncScheme:
+        scheme = SGLangWeightSyncScheme(service or shared_service, **kwargs)
+        made.append(scheme)
+        scheme.init_on_sender()
+        scheme.connect()
+        return scheme
+
+    yield connect
+    for scheme in made:
+        scheme.close()

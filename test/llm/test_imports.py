@@ -1,0 +1,264 @@
+"""Who imports whom: DESIGN.md's rules, read from the source by ``ast``."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchrl_sglang
+
+ROOT = "torchrl_sglang"
+FOLDER = Path(torchrl_sglang.__file__).parent
+MAX_LINES = 300
+# To be split; nothing joins this list.
+LONGER = {"protocol", "service", "weights.update"}
+
+
+def module_name(path: Path) -> str:
+    """``weights/plan.py`` is ``weights.plan``, ``weights/__init__.py`` is ``weights``."""
+    parts = path.relative_to(FOLDER).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PATHS = {module_name(path): path for path in sorted(FOLDER.rglob("*.py"))}
+MODULES = sorted(PATHS)
+
+
+def dotted(node: ast.AST) -> str:
+    """``a.b.c`` of an attribute chain, or an empty string."""
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def imports_of(tree: ast.AST, package: str) -> Iterator[str]:
+    """Everything that a module imports, wherever in it; ``package`` is what ``.`` means there."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*(up if node.level else []), *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and dotted(node.func).endswith(
+            ("import_module", "__import__")
+        ):
+            yield from (str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
+        elif isinstance(node, ast.Attribute) and dotted(node).startswith("torch."):
+            yield dotted(node)  # `import torch` is enough to use torch.distributed
+
+
+def package_of(name: str) -> str:
+    is_package = PATHS[name].name == "__init__.py"
+    parent = name if is_package else name.rpartition(".")[0]
+    return f"{ROOT}.{parent}" if parent else ROOT
+
+
+def is_part_of(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
+IMPORTS = {name: set(imports_of(tree, package_of(name))) for name, tree in TREES.items()}
+
+
+def offenders(package: str, modules: list[str]) -> dict[str, set[str]]:
+    """Which of the modules import something of ``package``."""
+    found = {m: {i for i in IMPORTS[m] if is_part_of(i, package)} for m in modules}
+    return {module: imports for module, imports in found.items() if imports}
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "expected"),
+    [
+        ("import a.b as c, d", "p", {"a.b", "d"}),
+        ("from a import b", "p", {"a.b"}),
+        ("from .a import b", "p", {"p.a.b"}),
+        ("from ..a import b", "p.q", {"p.a.b"}),
+        ("from . import a", "p.q", {"p.q.a"}),
+        ("def f():\n    from a import b", "p", {"a.b"}),
+        ("import importlib\nimportlib.import_module('a')", "p", {"importlib", "a"}),
+        ("__import__('a')", "p", {"a"}),
+        ("import torch\ntorch.distributed.barrier()", "p", {"torch.distributed"}),
+    ],
+)
+def test_the_walk_sees_every_form_of_import(source: str, package: str, expected: set[str]) -> None:
+    assert expected <= set(imports_of(ast.parse(source), package))
+
+
+def names(*patterns: str) -> list[str]:
+    """Modules by name; ``weights.*`` is everything in the folder."""
+    found = [
+        module
+        for module in MODULES
+        for pattern in patterns
+        if module == pattern or (pattern.endswith(".*") and is_part_of(module, pattern[:-2]))
+    ]
+    assert len(found) >= len(patterns), f"a module of {patterns} was renamed or is gone"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("modules", "forbidden"),
+    [
+        (["policy", "prompts", "outputs"], ["weights", "launch"]),
+        (["weights.*"], ["launch", "policy", "prompts", "outputs"]),
+    ],
+)
+def test_the_columns_do_not_blur(modules: list[str], forbidden: list[str]) -> None:
+    for package in forbidden:
+        names(package)
+        assert not offenders(f"{ROOT}.{package}", names(*modules))
+
+
+@pytest.mark.parametrize(
+    ("package", "homes"),
+    [
+        ("aiohttp", ["client"]),
+        ("requests", ["client"]),
+        ("orjson", ["client"]),
+        ("http", []),
+        ("httpx", []),
+        ("urllib.request", []),
+        ("urllib3", []),
+        ("subprocess", ["launch.process", "launch.guard"]),
+        ("multiprocessing", []),
+        ("torch.distributed", ["weights.collective"]),
+        ("torch._C._distributed_c10d", ["weights.collective"]),
+        ("torchrl", ["prompts", "outputs", "policy", "weights.scheme"]),
+        ("sglang", []),
+        ("sglang_router", []),
+        (ROOT + ".cpu", []),
+    ],
+)
+def test_one_home_for_each_outside_thing(package: str, homes: list[str]) -> None:
+    assert set(offenders(package, MODULES)) == set(homes)
+
+
+@pytest.mark.parametrize(
+    ("module", "own"),
+    [
+        ("errors", []),
+        ("config", ["errors"]),
+        ("sampling", ["errors"]),
+        ("protocol", ["errors", "sampling"]),
+        ("gate", ["errors"]),
+        ("background", ["errors"]),
+        # These run where torchrl_sglang is not installed.
+        ("cpu.serve", []),
+        ("cpu.standins", []),
+        ("launch.guard", []),
+    ],
+)
+def test_needs_the_standard_library_alone(module: str, own: list[str]) -> None:
+    allowed = [f"{ROOT}.{name}" for name in own]
+    foreign = {
+        imported
+        for imported in IMPORTS[module]
+        if imported.partition(".")[0] not in sys.stdlib_module_names
+        and not any(is_part_of(imported, name) for name in allowed)
+    }
+    assert not foreign
+
+
+@pytest.mark.parametrize("module", names("launch.*"))
+def test_launch_knows_config_and_errors_alone(module: str) -> None:
+    assert not offenders("torch", [module])
+    allowed = [f"{ROOT}.{name}" for name in ("launch", "config", "errors")]
+    own = {imported for imported in IMPORTS[module] if is_part_of(imported, ROOT)}
+    assert {i for i in own if not any(is_part_of(i, name) for name in allowed)} == set()
+
+
+WRITES = ("update", "setdefault", "pop", "popitem", "clear", "__setitem__", "__delitem__")
+
+
+def environment_writes(tree: ast.AST) -> list[int]:
+    """Lines that change this process's environment."""
+    environs = ("os.environ", "environ", "os.environb")
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            written = dotted(node.value) in environs
+        elif isinstance(node, ast.Call):
+            owner, _, method = dotted(node.func).rpartition(".")
+            changes = owner in environs and method in WRITES
+            written = changes or dotted(node.func) in ("os.putenv", "os.unsetenv")
+        elif isinstance(node, ast.AugAssign | ast.Assign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            written = any(dotted(target) in environs for target in targets)
+        else:
+            continue
+        if written:
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "os.environ['A'] = '1'",
+        "del os.environ['A']",
+        "os.environ.setdefault('A', '1')",
+        "os.environ.update(A='1')",
+        "os.environ |= {'A': '1'}",
+        "os.putenv('A', '1')",
+    ],
+)
+def test_writes_to_the_environment_are_seen(line: str) -> None:
+    assert environment_writes(ast.parse(line)) == [1]
+    assert environment_writes(ast.parse("env = dict(os.environ)\nenv['A'] = '1'")) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_writes_the_environment(module: str) -> None:
+    assert environment_writes(TREES[module]) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_length(module: str) -> None:
+    num_lines = len(PATHS[module].read_text().splitlines())
+    if module in LONGER:
+        assert num_lines > MAX_LINES, f"{module} is short now: take it out of LONGER"
+    else:
+        assert num_lines <= MAX_LINES
+
+
+FRESH = """
+import sys, torchrl_sglang
+for name in torchrl_sglang.__all__:
+    getattr(torchrl_sglang, name)
+print([name for name in sys.modules if name.partition(".")[0].startswith("sglang")])
+"""
+
+
+def test_a_fresh_import_brings_no_sglang() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def sort_key(name: str) -> tuple[int, str]:
+    """The order of ruff's RUF022: constants, classes, the rest."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+
+def test_the_public_list() -> None:
+    public = torchrl_sglang.__all__
+    assert public == sorted(set(public), key=sort_key)
+    assert [name for name in public if not hasattr(torchrl_sglang, name)] == []
+
+
+def test_init_holds_the_public_list_and_nothing_else() -> None:
+    docstring, *imports, public = TREES[""].body
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(public, ast.Assign)
+    assert all(isinstance(node, ast.ImportFrom) and node.level == 1 for node in imports)
+    imported = {alias.name for node in imports for alias in node.names}
+    assert imported == set(torchrl_sglang.__all__)

@@ -1,0 +1,369 @@
+"""What is going to be started: command lines, environments, GPUs and ports, before any effect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchrl_sglang import RouterConfig, ServerConfig
+from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.launch.process import redacted
+from torchrl_sglang.launch.router import router_argv
+from torchrl_sglang.launch.server import (
+    CPU_SERVE,
+    OWN_OPTIONS,
+    check_extra_args,
+    flags,
+    gpu_placement,
+    server_argv,
+    server_env,
+)
+from torchrl_sglang.start import check_model, choose_device, divide_gpus, plan_fleet
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A folder that looks like a model."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+def server(**changes: Any) -> ServerConfig:
+    return ServerConfig(**{"model_path": "/m", "device": "cuda", **changes})
+
+
+def options(argv: list[str]) -> dict[str, str | list[str]]:
+    """``["--a", "1", "--b"]`` to ``{"--a": ["1"], "--b": []}``; no flag comes twice."""
+    found: dict[str, Any] = {}
+    for word in argv:
+        if word.startswith("--"):
+            assert word not in found
+            values = found[word] = []
+        elif found:
+            values.append(word)
+    return found
+
+
+def argv_of(config: ServerConfig) -> list[str]:
+    return server_argv(config, python="/py", port=3000, nccl_port=4000)
+
+
+# Words of a command line
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, []),
+        ({"tp_size": 2}, ["--tp-size", "2"]),
+        ({"sleep_on_idle": True}, ["--sleep-on-idle"]),
+        ({"sleep_on_idle": False, "api_key": None}, []),
+        ({"mem_fraction_static": 0.5}, ["--mem-fraction-static", "0.5"]),
+        ({"worker_urls": ["a", "b"]}, ["--worker-urls", "a", "b"]),
+        ({"cuda_graph_bs": (1, 2)}, ["--cuda-graph-bs", "1", "2"]),
+        ({"seed": 0}, ["--seed", "0"]),
+        ({"a": "", "b": "x y"}, ["--a", "", "--b", "x y"]),
+    ],
+    ids=str,
+)
+def test_flags(given: dict[str, Any], expected: list[str]) -> None:
+    assert flags(given) == expected
+
+
+def test_a_mapping_is_sent_as_json() -> None:
+    flag, value = flags({"json_model_override_args": {"a": [1], "b": None}})
+    assert flag == "--json-model-override-args"
+    assert json.loads(value) == {"a": [1], "b": None}
+
+
+# Servers
+
+
+def test_the_command_of_a_gpu_server() -> None:
+    argv = argv_of(
+        server(
+            tp_size=2,
+            cuda_devices=(2, 3),
+            api_key="k",
+            admin_api_key="a",
+            extra_args={"mem_fraction_static": 0.5},
+        )
+    )
+    assert argv[:3] == ["/py", "-m", "sglang.launch_server"]
+    assert options(argv) == {
+        "--model-path": ["/m"],
+        "--device": ["cuda"],
+        "--host": ["127.0.0.1"],
+        "--port": ["3000"],
+        "--nccl-port": ["4000"],
+        "--tp-size": ["2"],
+        "--dp-size": ["1"],
+        "--pp-size": ["1"],
+        "--ep-size": ["1"],
+        "--api-key": ["k"],
+        "--admin-api-key": ["a"],
+        "--base-gpu-id": ["2"],
+        "--gpu-id-step": ["1"],
+        "--mem-fraction-static": ["0.5"],
+    }
+
+
+def test_the_command_of_a_cpu_server() -> None:
+    argv = argv_of(server(device="cpu"))
+    assert argv[:3] == ["/py", "-P", str(CPU_SERVE)]
+    assert CPU_SERVE.is_file()
+    given = options(argv)
+    assert given["--attention-backend"] == ["torch_native"]
+    assert given["--disable-overlap-schedule"] == given["--sleep-on-idle"] == []
+    assert not {"--api-key", "--admin-api-key", "--base-gpu-id"} & set(given)
+
+
+@pytest.mark.parametrize(
+    ("extra", "flag", "expected"),
+    [
+        ({"mem_fraction_static": 0.3}, "--mem-fraction-static", ["0.3"]),
+        ({"attention_backend": "intel_amx"}, "--attention-backend", ["intel_amx"]),
+        ({"sleep_on_idle": False}, "--sleep-on-idle", None),
+        ({"lora_paths": ["a=/a", "b=/b"]}, "--lora-paths", ["a=/a", "b=/b"]),
+    ],
+)
+def test_the_users_options_win_over_our_defaults(
+    extra: dict[str, Any], flag: str, expected: list[str] | None
+) -> None:
+    assert options(argv_of(server(device="cpu", extra_args=extra))).get(flag) == expected
+
+
+@pytest.mark.parametrize("name", [*OWN_OPTIONS])
+def test_options_with_an_argument_of_their_own(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' has an argument of its own"):
+        check_extra_args({"mem_fraction_static": 0.5, name: 1})
+
+
+def test_other_options_pass() -> None:
+    check_extra_args({"mem_fraction_static": 0.5, "random_seed": 0})
+
+
+def test_keys_are_not_shown() -> None:
+    argv = argv_of(server(api_key="secret", admin_api_key="hidden"))
+    shown = redacted(argv)
+    assert len(shown) == len(argv)
+    assert not {"secret", "hidden"} & set(shown)
+    assert [a for a, b in zip(argv, shown, strict=True) if a != b] == ["secret", "hidden"]
+
+
+# GPUs
+
+
+@pytest.mark.parametrize(
+    ("devices", "placement", "visible"),
+    [
+        (None, {}, None),
+        ((0,), {"base_gpu_id": 0, "gpu_id_step": 1}, None),
+        ((5,), {"base_gpu_id": 5, "gpu_id_step": 1}, None),
+        ((2, 3), {"base_gpu_id": 2, "gpu_id_step": 1}, None),
+        ((1, 3, 5), {"base_gpu_id": 1, "gpu_id_step": 2}, None),
+        ((0, 1, 3), {}, "0,1,3"),
+        ((3, 2), {}, "3,2"),
+        ((1, 1), {}, "1,1"),
+    ],
+    ids=str,
+)
+def test_placement_on_gpus(
+    devices: tuple[int, ...] | None, placement: dict[str, int], visible: str | None
+) -> None:
+    assert gpu_placement(devices) == placement
+    config = server(tp_size=len(devices or (0,)), cuda_devices=devices)
+    assert server_env(config, {}).get("CUDA_VISIBLE_DEVICES") == visible
+
+
+def test_uneven_gpus_are_numbered_as_this_process_sees_them() -> None:
+    config = server(tp_size=3, cuda_devices=(0, 1, 3))
+    env = server_env(config, {"CUDA_VISIBLE_DEVICES": "4,5,6,GPU-uuid"})
+    assert env["CUDA_VISIBLE_DEVICES"] == "4,5,GPU-uuid"
+    with pytest.raises(ConfigError, match="shows only 2 GPUs"):
+        server_env(config, {"CUDA_VISIBLE_DEVICES": "4,5"})
+
+
+def test_even_gpus_leave_the_view_alone() -> None:
+    env = server_env(server(cuda_devices=(1,)), {"CUDA_VISIBLE_DEVICES": "4,5"})
+    assert env["CUDA_VISIBLE_DEVICES"] == "4,5"
+
+
+@pytest.mark.parametrize(
+    ("device", "base", "expected"),
+    [
+        ("cpu", {"A": "1"}, {"A": "1", "SGLANG_USE_CPU_ENGINE": "1"}),
+        ("cuda", {"A": "1"}, {"A": "1", "NCCL_CUMEM_ENABLE": "1"}),
+        ("cuda", {"NCCL_CUMEM_ENABLE": "0"}, {"NCCL_CUMEM_ENABLE": "0"}),
+    ],
+)
+def test_environment(device: str, base: dict[str, str], expected: dict[str, str]) -> None:
+    before = dict(base)
+    assert server_env(server(device=device), base) == expected
+    assert base == before
+
+
+@pytest.mark.parametrize(
+    ("devices", "replicas", "per_replica", "device", "expected"),
+    [
+        (None, 1, 2, "cuda", [None]),
+        (None, 2, 2, "cuda", [(0, 1), (2, 3)]),
+        ([4, 5, 6, 7], 2, 2, "cuda", [(4, 5), (6, 7)]),
+        ([3], 1, 1, "cuda", [(3,)]),
+        (range(3), 3, 1, "cuda", [(0,), (1,), (2,)]),
+        (None, 3, 2, "cpu", [None, None, None]),
+    ],
+)
+def test_gpus_are_divided_in_order(
+    devices: Any, replicas: int, per_replica: int, device: str, expected: list[Any]
+) -> None:
+    assert divide_gpus(devices, replicas, per_replica, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "replicas", "device", "says"),
+    [
+        ([0, 1, 2], 2, "cuda", r"2 replicas of 1 GPUs need 2 cuda_devices, got 3: \[0, 1, 2\]"),
+        ([], 1, "cuda", "got 0"),
+        ([0], 1, "cpu", "leave one out"),
+        ([0, 0], 2, "cuda", "twice"),
+    ],
+)
+def test_gpus_that_do_not_divide(devices: Any, replicas: int, device: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        divide_gpus(devices, replicas, 1, device)
+
+
+# Fleets
+
+
+def fleet(model: str, **changes: Any) -> tuple[ServerConfig, ...]:
+    base = server(model_path=model, **changes.pop("server", {}))
+    arguments = {"num_replicas": 1, "cuda_devices": None, "ports": None, **changes}
+    return plan_fleet(base, **arguments)
+
+
+def test_one_config_per_replica(model: str) -> None:
+    planned = fleet(
+        model,
+        server={"tp_size": 2, "api_key": "k"},
+        num_replicas=2,
+        cuda_devices=[0, 1, 2, 3],
+        ports=[30000, 30001],
+    )
+    assert [(c.cuda_devices, c.port) for c in planned] == [((0, 1), 30000), ((2, 3), 30001)]
+    assert {(c.api_key, c.tp_size, c.model_path) for c in planned} == {("k", 2, model)}
+
+
+def test_free_ports_by_default(model: str) -> None:
+    assert [config.port for config in fleet(model, num_replicas=3)] == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_replicas": 0}, "num_replicas must be an integer >= 1, got 0"),
+        ({"num_replicas": 1.5}, "num_replicas must be an integer"),
+        ({"num_replicas": True}, "num_replicas must be an integer"),
+        ({"ports": [1, 2]}, "server_ports needs 1 different ports"),
+        ({"num_replicas": 2, "ports": [3000, 3000]}, "server_ports needs 2 different ports"),
+        ({"num_replicas": 2, "ports": [3000, 3001, 3001]}, "server_ports needs 2 different"),
+        ({"server": {"extra_args": {"port": 1}}}, "server_ports="),
+        ({"server": {"extra_args": {"tensor_parallel_size": 2}}}, "tp_size="),
+        ({"cuda_devices": [0, 1]}, "1 replicas of 1 GPUs"),
+    ],
+    ids=str,
+)
+def test_fleets_that_can_not_be(model: str, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        fleet(model, **changes)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json: it is no model"):
+        fleet(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/no-such-folder", "a/b/c"])
+def test_a_path_that_leads_nowhere(name: str) -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        check_model(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct"])
+def test_hub_names_are_left_to_the_engine(name: str) -> None:
+    check_model(name)
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_gpu", "expected"),
+    [
+        (None, False, "cpu"),
+        (None, True, "cuda"),
+        ("cpu", True, "cpu"),
+        ("cuda", True, "cuda"),
+        (torch.device("cpu"), False, "cpu"),
+    ],
+)
+def test_choice_of_device(
+    monkeypatch: pytest.MonkeyPatch, asked: Any, has_gpu: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert choose_device(asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("cuda", "no GPU is visible here; device='cpu' works"),
+        ("cuda:1", "choose GPUs with cuda_devices="),
+        ("tpu", "must be 'cpu', 'cuda' or None, got 'tpu'"),
+    ],
+)
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, asked: str, says: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=says):
+        choose_device(asked)
+
+
+# The router
+
+
+def router(config: RouterConfig, api_key: str | None = "k") -> list[str]:
+    return router_argv(
+        config,
+        python="/py",
+        port=3000,
+        prometheus_port=4000,
+        worker_urls=["http://a", "http://b"],
+        api_key=api_key,
+    )
+
+
+def test_the_command_of_a_router() -> None:
+    argv = router(RouterConfig(health_check_interval_s=7, extra_args={"log_level": "warn"}))
+    assert argv[:3] == ["/py", "-m", "sglang_router.launch_router"]
+    given = options(argv)
+    assert given["--worker-urls"] == ["http://a", "http://b"]
+    assert (given["--host"], given["--port"]) == (["127.0.0.1"], ["3000"])
+    assert given["--prometheus-port"] == ["4000"]
+    assert given["--policy"] == ["round_robin"]
+    assert given["--api-key"] == ["k"]
+    assert given["--health-check-interval-secs"] == ["7"]
+    assert given["--log-level"] == ["warn"]
+    assert "--api-key" not in options(router(RouterConfig(), api_key=None))
+
+
+@pytest.mark.parametrize(
+    "extra", [{"port": 30000}, {"host": "::"}, {"worker_urls": ["http://c"]}, {"api_key": "x"}]
+)
+def test_what_is_decided_for_the_router(extra: dict[str, Any]) -> None:
+    # Another value would start a router at which nobody waits: StartTimeoutError after minutes.
+    with pytest.raises(ConfigError):
+        router(RouterConfig(extra_args=extra))

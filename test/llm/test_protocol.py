@@ -1,0 +1,401 @@
+"""What crosses HTTP: requests out, and the strict reading of answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrl_sglang import Completion, GenerateRequest, SamplingParams, VersionSpan
+from torchrl_sglang.errors import (
+    ConfigError,
+    ConnectError,
+    EmptyPromptError,
+    PromptTooLongError,
+    RequestAbortedError,
+    ResponseError,
+)
+from torchrl_sglang.protocol import (
+    Capabilities,
+    WorkerInfo,
+    parse_capabilities,
+    parse_completion,
+    parse_worker_info,
+    parse_worker_urls,
+)
+
+REQUEST = GenerateRequest(input_ids=(1, 2, 3), rid="r1")
+Change = Callable[[dict[str, Any]], object]
+
+
+def answer() -> dict[str, Any]:
+    """What SGLang 0.5.23 answers to `REQUEST`, as far as it matters here."""
+    return {
+        "text": "ab",
+        "output_ids": [7, 8, 9],
+        "meta_info": {
+            "id": "r1",
+            "finish_reason": {"type": "stop", "matched": 9},
+            "prompt_tokens": 3,
+            "completion_tokens": 3,
+            "cached_tokens": 2,
+            "weight_version": "5",
+            "weight_versions": [
+                {"version": "4", "start": 0, "end": 1},
+                {"version": "5", "start": 1, "end": 3},
+            ],
+            "output_token_logprobs": [[-0.5, 7, None], [-1.5, 8, None], [0.0, 9, None]],
+        },
+    }
+
+
+def changed(change: Change) -> dict[str, Any]:
+    made = answer()
+    change(made)
+    return made
+
+
+def meta(**values: Any) -> Change:
+    return lambda made: made["meta_info"].update(values)
+
+
+def without(name: str) -> Change:
+    return lambda made: made.pop(name, None) or made["meta_info"].pop(name, None)
+
+
+# Requests
+
+
+def test_the_body_of_a_request() -> None:
+    sampling = SamplingParams(max_new_tokens=5)
+    body = GenerateRequest(input_ids=(1, 2), sampling=sampling, rid="r").body("weights-3")
+    assert body == {
+        "rid": "r",
+        "input_ids": (1, 2),
+        "sampling_params": sampling.body(),
+        "return_logprob": True,
+        "stream": False,
+        "extra_key": "weights-3",
+    }
+    assert json.loads(json.dumps(body))["input_ids"] == [1, 2]
+
+
+def test_text_goes_as_text_and_no_salt_as_nothing() -> None:
+    body = GenerateRequest(text="hi", return_log_probs=False).body()
+    assert (body["text"], body["return_logprob"]) == ("hi", False)
+    assert not {"input_ids", "extra_key"} & set(body)
+
+
+def test_ids_are_kept_as_a_tuple() -> None:
+    assert GenerateRequest(input_ids=[1, 2]).input_ids == (1, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{}, {"input_ids": (1,), "text": "a"}], ids=str)
+def test_a_request_takes_one_prompt(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="exactly one"):
+        GenerateRequest(**given)
+
+
+@pytest.mark.parametrize("given", [{"input_ids": ()}, {"text": ""}], ids=str)
+def test_a_request_takes_no_empty_prompt(given: dict[str, Any]) -> None:
+    with pytest.raises(EmptyPromptError, match="empty"):
+        GenerateRequest(**given)
+
+
+# Completions
+
+
+def test_a_whole_answer() -> None:
+    assert parse_completion(answer(), REQUEST) == Completion(
+        rid="r1",
+        output_ids=[7, 8, 9],
+        log_probs=[-0.5, -1.5, 0.0],
+        text="ab",
+        finish_type="stop",
+        matched_stop=9,
+        prompt_tokens=3,
+        cached_tokens=2,
+        version_spans=(
+            VersionSpan(version="4", start=0, end=1),
+            VersionSpan(version="5", start=1, end=3),
+        ),
+    )
+
+
+def test_log_probs_that_were_not_asked_for() -> None:
+    request = GenerateRequest(input_ids=(1,), rid="r1", return_log_probs=False)
+    completion = parse_completion(changed(without("output_token_logprobs")), request)
+    assert completion.log_probs is None
+
+
+def test_a_server_without_a_tokenizer() -> None:
+    assert parse_completion(changed(without("text")), REQUEST).text is None
+
+
+@pytest.mark.parametrize(
+    ("change", "version"),
+    [
+        (without("weight_versions"), "5"),
+        (meta(weight_versions=None), "5"),
+        (meta(weight_versions=[]), "5"),
+        (
+            lambda made: (without("weight_versions")(made), without("weight_version")(made)),
+            "default",
+        ),
+    ],
+    ids=["absent", "null", "empty", "no version at all"],
+)
+def test_servers_that_know_one_version_per_request(change: Change, version: str) -> None:
+    spans = parse_completion(changed(change), REQUEST).version_spans
+    assert spans == (VersionSpan(version=version, start=0, end=3),)
+
+
+def test_length_is_a_reason_to_finish() -> None:
+    completion = parse_completion(changed(meta(finish_reason={"type": "length"})), REQUEST)
+    assert completion.finish_type == completion.finish_reason == "length"
+    assert completion.matched_stop is None
+
+
+def test_an_aborted_request_is_no_completion() -> None:
+    reason = {"type": "abort", "message": "out of pages"}
+    with pytest.raises(RequestAbortedError, match="r1 was aborted after 3 tokens: out of pages"):
+        parse_completion(changed(meta(finish_reason=reason)), REQUEST)
+
+
+REQUIRED = ["output_ids", "meta_info", "id", "finish_reason", "completion_tokens"]
+
+
+@pytest.mark.parametrize("name", [*REQUIRED, "prompt_tokens", "output_token_logprobs"])
+def test_what_an_answer_may_not_lack(name: str) -> None:
+    with pytest.raises(ResponseError, match=f"r1: the answer lacks.*{name}"):
+        parse_completion(changed(without(name)), REQUEST)
+
+
+@pytest.mark.parametrize("name", [*REQUIRED, "output_token_logprobs"])
+def test_null_is_no_answer_either(name: str) -> None:
+    garbled = answer()
+    (garbled if name in garbled else garbled["meta_info"])[name] = None
+    with pytest.raises(ResponseError, match="r1"):
+        parse_completion(garbled, REQUEST)
+
+
+@pytest.mark.parametrize("whole", [None, [], "busy", 3, {"error": "busy"}, [answer()]], ids=str)
+def test_what_is_no_answer_at_all(whole: Any) -> None:
+    with pytest.raises(ResponseError, match="request r1: the answer lacks"):
+        parse_completion(whole, REQUEST)
+
+
+def rows(*values: Any) -> Change:
+    ids = [7, 8, 9]
+    return meta(output_token_logprobs=[[v, i, None] for v, i in zip(values, ids, strict=False)])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (meta(id="r2"), "got the answer of request 'r2'"),
+        (meta(finish_reason={"type": "tired"}), "unknown finish reason"),
+        (meta(completion_tokens=4), "3 output ids, completion_tokens=4"),
+        (lambda made: made.update(output_ids=[]), "0 output ids"),
+        (
+            lambda made: (made.update(output_ids=[]), meta(completion_tokens=0)(made)),
+            "0 output ids",
+        ),
+        (meta(output_token_logprobs=[]), "log-probs for 0 tokens"),
+        (rows(-1.0, -1.0), "log-probs for 2 tokens do not belong to the 3"),
+        (
+            meta(output_token_logprobs=[[-1.0, 7], [-1.0, 8], [-1.0, 8]]),
+            "do not belong to the 3 output ids",
+        ),
+        (rows(-1.0, math.nan, -1.0), "not finite"),
+        (rows(-1.0, -math.inf, -1.0), "not finite"),
+        (rows(math.inf, -math.inf, -1.0), "not finite"),
+        (rows(-1.0, None, -1.0), "lacks what was asked for"),
+        (rows(-1.0, "-1.0", -1.0), "lacks what was asked for"),
+        (
+            meta(weight_versions=[{"version": "4", "start": 0, "end": 2}]),
+            "do not cover 3 tokens",
+        ),
+        (
+            meta(weight_versions=[{"version": "4", "start": 1, "end": 3}]),
+            "do not cover 3 tokens",
+        ),
+        (
+            meta(
+                weight_versions=[
+                    {"version": "4", "start": 0, "end": 1},
+                    {"version": "5", "start": 2, "end": 3},
+                ]
+            ),
+            "do not cover 3 tokens",
+        ),
+        (
+            meta(
+                weight_versions=[
+                    {"version": "4", "start": 0, "end": 3},
+                    {"version": "5", "start": 3, "end": 1},
+                    {"version": "6", "start": 1, "end": 3},
+                ]
+            ),
+            "do not cover 3 tokens",
+        ),
+        (meta(weight_versions=[{"start": 0, "end": 3}]), "lacks what was asked for.*version"),
+        (meta(weight_versions=3), "lacks what was asked for"),
+    ],
+)
+def test_answers_that_must_not_be_trained_on(change: Change, says: str) -> None:
+    with pytest.raises(ResponseError, match=says):
+        parse_completion(changed(change), REQUEST)
+
+
+@pytest.mark.parametrize("ids", ["789", [7, 8.5, 9]], ids=str)
+def test_output_ids_are_a_list_of_integers(ids: Any) -> None:
+    request = GenerateRequest(input_ids=(1,), rid="r1", return_log_probs=False)
+    with pytest.raises(ResponseError):
+        parse_completion(changed(lambda made: made.update(output_ids=ids)), request)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+PLACES = [("text",), ("output_ids",), ("meta_info",)] + [
+    ("meta_info", name) for name in answer()["meta_info"]
+]
+
+
+@given(st.sampled_from(PLACES), JSON)
+def test_a_garbled_answer_is_read_or_refused_with_our_error(
+    place: tuple[str, ...], value: Any
+) -> None:
+    garbled = answer()
+    target = garbled if len(place) == 1 else garbled[place[0]]
+    target[place[-1]] = value
+    try:
+        completion = parse_completion(garbled, REQUEST)
+    except (ResponseError, RequestAbortedError):
+        return
+    assert len(completion.output_ids) == len(completion.log_probs or ()) == 3
+    assert all(map(math.isfinite, completion.log_probs or ()))
+    assert completion.version_spans[-1].end == 3
+
+
+# Servers
+
+ROUTES = ("/generate", "/pause_generation")
+SESSION = ("/begin_weight_update", "/end_weight_update")
+SERVER_INFO = {"tp_size": 2, "dp_size": 1, "pp_size": 1, "dtype": "bfloat16", "device": "cpu"}
+MODEL_INFO = {"model_path": "/m", "tokenizer_path": "/t", "weight_version": "default"}
+
+
+def openapi(*routes: str, fields: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        "paths": {route: {} for route in routes},
+        "components": {
+            "schemas": {"GenerateReqInput": {"properties": {field: {} for field in fields}}}
+        },
+    }
+
+
+def worker_info(**changes: Any) -> WorkerInfo:
+    server = {**SERVER_INFO, **changes}
+    return parse_worker_info("http://s", server, MODEL_INFO, openapi(*ROUTES))
+
+
+@pytest.mark.parametrize(
+    ("api", "expected"),
+    [
+        (openapi(*ROUTES), (False, False, False)),
+        (openapi(*ROUTES, *SESSION), (True, False, False)),
+        (openapi(*ROUTES, SESSION[0]), (False, False, False)),
+        (openapi(*ROUTES, "/weights_checker"), (False, True, False)),
+        (openapi(*ROUTES, fields=("extra_key",)), (False, False, True)),
+        ({"paths": dict.fromkeys(ROUTES)}, (False, False, False)),
+    ],
+)
+def test_capabilities(api: dict[str, Any], expected: tuple[bool, bool, bool]) -> None:
+    session, checksum, salt = expected
+    assert parse_capabilities(api) == Capabilities(
+        update_session=session, checksum=checksum, cache_salt=salt
+    )
+
+
+@pytest.mark.parametrize("api", [{}, openapi("/generate"), openapi("/pause_generation", "/v1")])
+def test_a_server_of_another_kind_or_too_old(api: dict[str, Any]) -> None:
+    with pytest.raises(ConnectError, match=r"older than 0\.5\.10"):
+        parse_capabilities(api)
+
+
+def test_worker_info() -> None:
+    info = parse_worker_info(
+        "http://s",
+        {**SERVER_INFO, "max_req_input_len": 99, "version": "0.5.23"},
+        {**MODEL_INFO, "model_type": "qwen2", "weight_version": 3},
+        openapi(*ROUTES),
+    )
+    assert (info.url, info.model_path, info.tokenizer_path) == ("http://s", "/m", "/t")
+    assert (info.tp_size, info.dp_size, info.pp_size, info.dp_attention) == (2, 1, 1, False)
+    assert (info.dtype, info.device, info.model_type) == ("bfloat16", "cpu", "qwen2")
+    assert (info.max_prompt_tokens, info.weight_version, info.version) == (99, "3", "0.5.23")
+
+
+def test_what_a_server_need_not_say() -> None:
+    info = parse_worker_info(
+        "http://s", {"tp_size": 1, "dp_size": 1}, {"model_path": "/m"}, openapi(*ROUTES)
+    )
+    assert (info.tokenizer_path, info.model_type, info.dtype) == ("/m", None, "auto")
+    assert (info.pp_size, info.max_prompt_tokens, info.device) == (1, None, "cuda")
+    assert (info.weight_version, info.version) == ("default", "unknown")
+
+
+@pytest.mark.parametrize(
+    ("server", "model", "api"),
+    [
+        ({}, MODEL_INFO, openapi(*ROUTES)),
+        ({**SERVER_INFO, "tp_size": None}, MODEL_INFO, openapi(*ROUTES)),
+        ({**SERVER_INFO, "tp_size": "two"}, MODEL_INFO, openapi(*ROUTES)),
+        (SERVER_INFO, {}, openapi(*ROUTES)),
+        (SERVER_INFO, MODEL_INFO, "<html>not found</html>"),
+        (SERVER_INFO, MODEL_INFO, None),
+        (SERVER_INFO, MODEL_INFO, {**openapi(*ROUTES), "components": None}),
+    ],
+)
+def test_answers_of_something_else(server: Any, model: Any, api: Any) -> None:
+    with pytest.raises(ConnectError):
+        parse_worker_info("http://s", server, model, api)
+
+
+def test_prompt_lengths() -> None:
+    fits, long = GenerateRequest(input_ids=(1,) * 4), GenerateRequest(input_ids=(1,) * 5)
+    info = worker_info(max_req_input_len=4)
+    info.check_prompt_lengths([fits, GenerateRequest(text="text is measured by the server")])
+    with pytest.raises(PromptTooLongError, match="prompt 1 has 5 tokens; /m takes at most 4"):
+        info.check_prompt_lengths([fits, long])
+    worker_info().check_prompt_lengths([long])
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ({"workers": [{"url": "http://a/"}, {"url": "http://b"}]}, ["http://a", "http://b"]),
+        ({"workers": []}, []),
+        ({"workers": None}, None),
+        ({}, None),
+        ([], None),
+        ("pong", None),
+    ],
+    ids=str,
+)
+def test_a_routers_list_of_workers(listed: Any, expected: list[str] | None) -> None:
+    assert parse_worker_urls(listed) == expected
+
+
+@pytest.mark.parametrize("listed", [{"workers": [{}]}, {"workers": ["http://a"]}], ids=str)
+def test_a_list_of_something_else_is_no_routers(listed: Any) -> None:
+    assert parse_worker_urls(listed) is None

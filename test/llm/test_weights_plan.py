@@ -1,0 +1,248 @@
+"""Buckets and ranks: pure functions over names, sizes and ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrl_sglang.errors import TopologyError, WeightsError
+from torchrl_sglang.protocol import Capabilities, WorkerInfo
+from torchrl_sglang.weights.expected import Expected
+from torchrl_sglang.weights.flatten import flattened, served_dtype, spec_of
+from torchrl_sglang.weights.plan import Bucket, Ranks, TensorSpec, plan_buckets, plan_ranks
+
+DTYPES = {8: "float64", 4: "float32", 2: "bfloat16", 1: "float8_e4m3fn"}
+
+
+def spec(name: str, *shape: int, item_bytes: int = 2) -> TensorSpec:
+    return TensorSpec(name=name, dtype=DTYPES[item_bytes], shape=shape, item_bytes=item_bytes)
+
+
+def names(buckets: list[Bucket]) -> list[list[str]]:
+    return [[tensor.name for tensor in bucket.tensors] for bucket in buckets]
+
+
+# Buckets
+
+
+@pytest.mark.parametrize(
+    ("shape", "item_bytes", "expected"),
+    [((), 4, 4), ((3,), 2, 6), ((3, 5), 2, 30), ((0, 5), 4, 0)],
+)
+def test_bytes_of_a_tensor(shape: tuple[int, ...], item_bytes: int, expected: int) -> None:
+    assert spec("a", *shape, item_bytes=item_bytes).num_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bucket_bytes", "expected"),
+    [
+        ([], 8, []),
+        ([1], 8, [["0"]]),
+        ([2, 2], 8, [["0", "1"]]),
+        ([2, 2, 1], 8, [["0", "1"], ["2"]]),
+        ([5], 8, [["0"]]),  # larger than a bucket: alone
+        ([1, 5, 1], 8, [["0"], ["1"], ["2"]]),
+        ([1, 1], 1, [["0"], ["1"]]),
+        ([0, 0], 8, [["0", "1"]]),
+    ],
+)
+def test_buckets(sizes: list[int], bucket_bytes: int, expected: list[list[str]]) -> None:
+    tensors = [spec(str(index), size) for index, size in enumerate(sizes)]
+    assert names(plan_buckets(tensors, bucket_bytes)) == expected
+
+
+def test_wider_elements_come_first_and_the_order_stays_otherwise() -> None:
+    tensors = [spec("a", 1), spec("b", 1, item_bytes=4), spec("c", 1), spec("d", 1, item_bytes=4)]
+    assert names(plan_buckets(tensors, 100)) == [["b", "d", "a", "c"]]
+
+
+SPECS = st.lists(
+    st.tuples(st.lists(st.integers(0, 40), max_size=3), st.sampled_from([*DTYPES])), max_size=25
+).map(
+    lambda made: [
+        spec(str(index), *shape, item_bytes=width) for index, (shape, width) in enumerate(made)
+    ]
+)
+BUCKET_BYTES = st.integers(1, 5000)
+
+
+@given(SPECS, BUCKET_BYTES)
+def test_every_tensor_travels_exactly_once(specs: list[TensorSpec], bucket_bytes: int) -> None:
+    sent = [
+        tensor for bucket in plan_buckets(iter(specs), bucket_bytes) for tensor in bucket.tensors
+    ]
+    assert sorted(sent, key=lambda t: int(t.name)) == specs
+
+
+@given(SPECS, BUCKET_BYTES)
+def test_a_bucket_is_bounded_unless_one_tensor_alone_is_larger(
+    specs: list[TensorSpec], bucket_bytes: int
+) -> None:
+    for bucket in plan_buckets(specs, bucket_bytes):
+        assert bucket.tensors
+        assert bucket.num_bytes == sum(tensor.num_bytes for tensor in bucket.tensors)
+        assert bucket.num_bytes <= bucket_bytes or len(bucket.tensors) == 1
+
+
+@given(SPECS, BUCKET_BYTES)
+def test_every_offset_is_a_multiple_of_the_element(
+    specs: list[TensorSpec], bucket_bytes: int
+) -> None:
+    for bucket in plan_buckets(specs, bucket_bytes):
+        offset = 0
+        for tensor in bucket.tensors:
+            assert offset % tensor.item_bytes == 0
+            offset += tensor.num_bytes
+
+
+@given(SPECS, BUCKET_BYTES)
+def test_no_two_neighbours_would_fit_into_one(specs: list[TensorSpec], bucket_bytes: int) -> None:
+    buckets = plan_buckets(specs, bucket_bytes)
+    for bucket, following in zip(buckets, buckets[1:], strict=False):
+        assert bucket.num_bytes + following.tensors[0].num_bytes > bucket_bytes
+
+
+def test_the_announcement() -> None:
+    bucket = Bucket(tensors=(spec("a", 2, 3, item_bytes=4), spec("b", 4)))
+    body = bucket.announcement("group")
+    assert json.loads(json.dumps(body)) == body
+    assert (body["names"], body["shapes"]) == (["a", "b"], [[2, 3], [4]])
+    assert body["dtypes"] == ["float32", "bfloat16"]
+    assert (body["group_name"], body["load_format"]) == ("group", "flattened_bucket")
+    # SGLang's own defaults flush and abort while it updates.
+    assert (body["flush_cache"], body["abort_all_requests"]) == (False, False)
+    assert body["weight_version"] is None
+
+
+# Bytes
+
+
+def cut(payload: torch.Tensor, bucket: Bucket) -> dict[str, torch.Tensor]:
+    """Takes a broadcast apart as a server does."""
+    tensors, offset = {}, 0
+    for made in bucket.tensors:
+        raw = payload[offset : offset + made.num_bytes]
+        tensors[made.name] = raw.view(getattr(torch, made.dtype)).view(made.shape)
+        offset += made.num_bytes
+    assert offset == payload.numel()
+    return tensors
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=8), BUCKET_BYTES)
+def test_what_is_sent_can_be_taken_apart_again(shapes: list[list[int]], bucket_bytes: int) -> None:
+    weights = {str(i): torch.randn(shape) for i, shape in enumerate(shapes)}
+    specs = [spec_of(name, tensor, torch.bfloat16) for name, tensor in weights.items()]
+    received: dict[str, torch.Tensor] = {}
+    for bucket in plan_buckets(specs, bucket_bytes):
+        payload = flattened(bucket, weights, torch.bfloat16, torch.device("cpu"))
+        assert (payload.dtype, payload.ndim) == (torch.uint8, 1)
+        received |= cut(payload, bucket)
+    assert received.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(received[name], tensor.to(torch.bfloat16))
+
+
+def test_a_transposed_weight_is_sent_in_its_own_order() -> None:
+    weight = torch.arange(6.0).reshape(2, 3).t().requires_grad_()
+    bucket = Bucket(tensors=(spec_of("a", weight, torch.float32),))
+    payload = flattened(bucket, {"a": weight}, torch.float32, torch.device("cpu"))
+    assert not payload.requires_grad
+    assert torch.equal(cut(payload, bucket)["a"], weight.detach())
+
+
+def expected(dtype: torch.dtype) -> Expected:
+    none: frozenset[str] = frozenset()
+    return Expected(model_path="/m", parameters={}, tied=none, buffers=none, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("served", "model_type", "checkpoint", "result"),
+    [
+        ("auto", "qwen2", torch.bfloat16, torch.bfloat16),
+        ("auto", "qwen2", torch.float16, torch.float16),
+        ("auto", "qwen2", torch.float32, torch.float16),
+        ("auto", None, torch.float32, torch.float16),
+        ("auto", "gemma3_text", torch.float32, torch.bfloat16),
+        ("bfloat16", "qwen2", torch.float32, torch.bfloat16),
+        ("half", "qwen2", torch.bfloat16, torch.float16),
+        ("float", "qwen2", torch.bfloat16, torch.float32),
+        ("float32", "qwen2", torch.bfloat16, torch.float32),
+    ],
+)
+def test_dtype_of_the_servers_weights(
+    served: str, model_type: str | None, checkpoint: torch.dtype, result: torch.dtype
+) -> None:
+    assert served_dtype(worker(dtype=served, model_type=model_type), expected(checkpoint)) is result
+
+
+@pytest.mark.parametrize("served", ["int3", "nn", "Tensor"])
+def test_a_dtype_that_torch_lacks(served: str) -> None:
+    with pytest.raises(WeightsError, match=f"serves dtype '{served}'"):
+        served_dtype(worker(dtype=served), expected(torch.bfloat16))
+
+
+# Ranks
+
+
+def worker(**changes: Any) -> WorkerInfo:
+    usual: dict[str, Any] = {
+        "url": "http://s",
+        "model_path": "/m",
+        "tokenizer_path": "/m",
+        "model_type": "qwen2",
+        "dtype": "auto",
+        "device": "cuda",
+        "tp_size": 1,
+        "dp_size": 1,
+        "pp_size": 1,
+        "dp_attention": False,
+        "max_prompt_tokens": None,
+        "weight_version": "default",
+        "version": "0.5.23",
+        "capabilities": Capabilities(update_session=True, checksum=True, cache_salt=True),
+    }
+    return WorkerInfo(**{**usual, **changes})
+
+
+@pytest.mark.parametrize(
+    ("workers", "world_size", "offsets"),
+    [
+        ([], 1, ()),
+        ([worker()], 2, (1,)),
+        ([worker(tp_size=4)], 5, (1,)),
+        ([worker(), worker(), worker()], 4, (1, 2, 3)),
+        ([worker(tp_size=2), worker(tp_size=1), worker(tp_size=4)], 8, (1, 3, 4)),
+        # DP attention divides the TP ranks and adds none.
+        ([worker(tp_size=4, dp_size=4, dp_attention=True), worker()], 6, (1, 5)),
+    ],
+)
+def test_ranks(workers: list[WorkerInfo], world_size: int, offsets: tuple[int, ...]) -> None:
+    assert plan_ranks(workers) == Ranks(world_size=world_size, offsets=offsets)
+
+
+@given(st.lists(st.integers(1, 8), max_size=6))
+def test_every_rank_belongs_to_one_server_and_rank_0_to_the_trainer(tp_sizes: list[int]) -> None:
+    ranks = plan_ranks([worker(tp_size=size) for size in tp_sizes])
+    taken = [0]
+    for offset, size in zip(ranks.offsets, tp_sizes, strict=True):
+        taken += range(offset, offset + size)
+    assert taken == list(range(ranks.world_size))
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ({"pp_size": 2}, "http://bad runs with pp_size=2.*Use tp_size instead, or more replicas"),
+        ({"dp_size": 2}, "http://bad runs with dp_size=2.*Use num_replicas instead"),
+    ],
+    ids=str,
+)
+def test_layouts_that_a_broadcast_can_not_reach(layout: dict[str, int], says: str) -> None:
+    with pytest.raises(TopologyError, match=says):
+        plan_ranks([worker(), worker(url="http://bad", **layout)])
