@@ -141,12 +141,7 @@ def _add_text_and_history(
     if spec.history_key is not None and prompts.history is not None:
         contents = decode([content_ids(c) for c in completions], skip_special_tokens=False)
         turns = [
-            History(
-                role=["assistant"],
-                content=[_before_stop(text, c)],
-                is_complete=[c.finish_type == "stop"],
-                batch_size=(1,),
-            )
+            lazy_stack([_assistant_turn(_before_stop(text, c), c)])
             for text, c in zip(contents, completions, strict=True)
         ]
         history = ChatHistory._from_tensordict(out.empty())
@@ -154,6 +149,11 @@ def _add_text_and_history(
         history.response = lazy_stack(turns)
         history.full = prompts.history.extend(history.response, inplace=False, dim=-1)
         out.set(spec.history_key, history)
+
+
+def _assistant_turn(content: str, completion: Completion) -> History:
+    is_complete = completion.finish_type == "stop"
+    return History(role="assistant", content=content, is_complete=is_complete, batch_size=())
 
 
 def content_ids(completion: Completion) -> list[int]:

@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import (
     GroupName,
     PrefixStore,
     _new_process_group_helper,
+    _world,
     destroy_process_group,
 )
 
@@ -107,6 +108,8 @@ class TrainerGroup:
             group_name=GroupName(name),
             timeout=datetime.timedelta(seconds=timeout_s),
         )
+        # destroy_process_group expects the entry that new_group would have made.
+        _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
 
     def broadcast(self, tensor: torch.Tensor) -> Future[None]:
         """Sends one tensor to all ranks, from a thread that may be left behind.

@@ -1,0 +1,266 @@
+"""The trainer's side of the collective, against torch's own gloo in another process."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+
+from torchrl_sglang.errors import LaunchError, PortTakenError
+from torchrl_sglang.weights.collective import Rendezvous, TrainerGroup, in_thread
+
+HOST = "127.0.0.1"
+TIMEOUT_S = 20.0
+
+# A server's rank, as SGLang makes one (`init_custom_process_group`). Each line of its input says
+# what to do: join a group, or receive so many bytes of the last one and print their hash.
+RANK = """
+import datetime, hashlib, sys, torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+timeout = datetime.timedelta(seconds=60)
+for line in sys.stdin:
+    word, *args = line.split()
+    if word == "join":
+        host, port, name, rank, world_size = args
+        store = dist.TCPStore(
+            host, int(port), is_master=False, wait_for_workers=False, timeout=timeout
+        )
+        group, _ = c10d._new_process_group_helper(
+            int(world_size), int(rank), [], c10d.Backend("gloo"), c10d.PrefixStore(name, store),
+            group_name=name, timeout=timeout,
+        )
+        print("joined", flush=True)
+    else:
+        received = torch.zeros(int(args[0]), dtype=torch.uint8)
+        group.broadcast([received], c10d.BroadcastOptions()).wait()
+        print(hashlib.sha256(received.numpy().data).hexdigest(), flush=True)
+"""
+
+
+class Rank:
+    """One rank of a server, in a process of its own."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", RANK],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def say(self, *words: object) -> None:
+        assert self.process.stdin is not None
+        print(*words, file=self.process.stdin, flush=True)
+
+    def hear(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def end(self) -> None:
+        with self.process:
+            self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[list[Rank]]:
+    """Two ranks that join one group after another; the third is there to be killed."""
+    made = [Rank() for _ in range(3)]  # importing torch takes seconds: at once, and once
+    yield made
+    for rank in made:
+        rank.end()
+
+
+def join(name: str, ranks: list[Rank]) -> TrainerGroup:
+    """A group of this process and some ranks."""
+    rendezvous, size = Rendezvous(HOST, None, TIMEOUT_S), len(ranks) + 1
+    for number, rank in enumerate(ranks, start=1):
+        rank.say("join", HOST, rendezvous.port, name, number, size)
+    group = TrainerGroup(
+        rendezvous, name=name, world_size=size, backend="gloo", timeout_s=TIMEOUT_S
+    )
+    assert [rank.hear() for rank in ranks] == ["joined"] * len(ranks)
+    return group
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.01)
+
+
+def our_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("torchrl_sglang-")]
+
+
+def error_of(future: Future[Any], timeout_s: float = 5.0) -> BaseException | None:
+    return future.exception(timeout_s)
+
+
+def sha(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+@pytest.fixture
+def payload() -> torch.Tensor:
+    return torch.randint(256, (3 << 20,), dtype=torch.uint8, generator=torch.Generator())
+
+
+def check_broadcast(group: TrainerGroup, ranks: list[Rank], payload: torch.Tensor) -> None:
+    for rank in ranks:
+        rank.say("receive", len(payload))
+    assert group.broadcast(payload).result(TIMEOUT_S) is None
+    assert [rank.hear() for rank in ranks] == [sha(payload)] * len(ranks)
+
+
+# Sending
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_broadcasts_arrive_at_every_rank(
+    ranks: list[Rank], payload: torch.Tensor, name: str
+) -> None:
+    group = join(name, ranks[:2])
+    assert group.name == name
+    for part in (payload, payload[:1], payload[5:999]):
+        check_broadcast(group, ranks[:2], part)
+    group.close(broken=False)
+    until(lambda: our_threads() == [])
+
+
+# Leaving
+
+
+def test_a_broadcast_that_nobody_joined_is_freed(ranks: list[Rank], payload: torch.Tensor) -> None:
+    group = join("broken", ranks[:2])
+    large = torch.zeros(64 << 20, dtype=torch.uint8)  # more than sockets hold
+    stuck = group.broadcast(large)
+    with pytest.raises(TimeoutError):
+        stuck.result(0.3)
+    begun = time.monotonic()
+    group.close(broken=True)
+    assert time.monotonic() - begun < 0.5  # the caller does not wait for it
+    assert error_of(stuck) is not None
+    until(lambda: our_threads() == [])
+    another = join("another", ranks[:2])
+    check_broadcast(another, ranks[:2], payload)
+    another.close(broken=False)
+
+
+def test_a_rank_that_dies_ends_the_broadcast(ranks: list[Rank]) -> None:
+    group = join("dying", ranks[2:])
+    sent = group.broadcast(torch.zeros(64 << 20, dtype=torch.uint8))
+    ranks[2].end()
+    assert error_of(sent) is not None
+    group.close(broken=True)
+    until(lambda: our_threads() == [])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_leaving_without_a_broadcast(ranks: list[Rank], broken: bool) -> None:
+    group = join(f"idle-{broken}", ranks[:1])
+    group.close(broken=broken)
+    until(lambda: our_threads() == [])
+
+
+# Meeting
+
+
+def test_closing_frees_a_member_that_waits_for_the_others() -> None:
+    rendezvous = Rendezvous(HOST, None, 60.0)
+    waiting = in_thread(
+        lambda: TrainerGroup(
+            rendezvous, name="alone", world_size=2, backend="gloo", timeout_s=60.0
+        ),
+        "torchrl_sglang-join",
+    )
+    with pytest.raises(TimeoutError):
+        waiting.result(0.5)
+    rendezvous.close()
+    assert error_of(waiting) is not None
+    until(lambda: our_threads() == [])
+
+
+def test_nobody_comes_in_time() -> None:
+    rendezvous = Rendezvous(HOST, None, 1.0)
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError):
+        TrainerGroup(rendezvous, name="alone", world_size=2, backend="gloo", timeout_s=1.0)
+    assert time.monotonic() - begun < 10.0
+    rendezvous.close()
+
+
+def open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_closing_twice_gives_port_and_files_back() -> None:
+    Rendezvous(HOST, None, 5.0).close()  # the first one of a process opens a pipe for good
+    before = open_files()
+    rendezvous = Rendezvous(HOST, None, 5.0)
+    member = rendezvous.member()
+    member.set("key", "value")
+    assert member.get("key") == b"value"
+    rendezvous.close()
+    rendezvous.close()
+    del member
+    with socket.socket() as following:
+        following.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        following.bind((HOST, rendezvous.port))
+        following.listen()
+    assert open_files() == before
+
+
+def test_a_port_of_ones_own() -> None:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    rendezvous = Rendezvous(HOST, port, 5.0)
+    assert (rendezvous.address, rendezvous.port) == (HOST, port)
+    rendezvous.member().set("key", "value")
+    rendezvous.close()
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server((HOST, 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(PortTakenError, match=f"{HOST}:{port}.*another master_port") as caught:
+            Rendezvous(HOST, port, 5.0)
+    assert isinstance(caught.value, OSError)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "no.such.host.invalid"])
+def test_an_address_that_is_not_ours(address: str) -> None:
+    with pytest.raises(PortTakenError, match=f"{address}.*a master_address of this machine"):
+        Rendezvous(address, None, 5.0)
+
+
+def test_a_number_that_is_no_port() -> None:
+    with pytest.raises(LaunchError):
+        Rendezvous(HOST, 70000, 5.0)
+
+
+# Threads
+
+
+def test_a_call_in_a_thread() -> None:
+    assert in_thread(lambda: 3, "torchrl_sglang-test").result(5.0) == 3
+    with pytest.raises(SystemExit):
+        in_thread(lambda: sys.exit(3), "torchrl_sglang-test").result(5.0)
+    seen = in_thread(threading.current_thread, "torchrl_sglang-test").result(5.0)
+    assert (seen.name, seen.daemon) == ("torchrl_sglang-test", True)
