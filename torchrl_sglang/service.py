@@ -134,8 +134,8 @@ class AsyncSGLang(RLSGLangEngine):
         """
         timeouts = timeouts or Timeouts()
         keys = Credentials(
-            api_key=api_key or secrets.token_urlsafe(24),
-            admin_api_key=admin_api_key or secrets.token_urlsafe(24),
+            api_key=api_key or secrets.token_hex(24),
+            admin_api_key=admin_api_key or secrets.token_hex(24),
         )
         server = ServerConfig(
             model_path=model_name,

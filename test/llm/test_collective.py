@@ -21,7 +21,7 @@ from torchrl_sglang.errors import LaunchError, PortTakenError
 from torchrl_sglang.weights.collective import Rendezvous, TrainerGroup, in_thread
 
 HOST = "127.0.0.1"
-TIMEOUT_S = 20.0
+TIMEOUT_S = 8.0
 
 # A server's rank, as SGLang makes one (`init_custom_process_group`). Each line of its input says
 # what to do: join a group, or receive so many bytes of the last one and print their hash.
@@ -30,6 +30,7 @@ import datetime, hashlib, sys, torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 timeout = datetime.timedelta(seconds=60)
+print("ready", flush=True)
 for line in sys.stdin:
     word, *args = line.split()
     if word == "join":
@@ -78,6 +79,7 @@ class Rank:
 def ranks() -> Iterator[list[Rank]]:
     """Two ranks that join one group after another; the third is there to be killed."""
     made = [Rank() for _ in range(3)]  # importing torch takes seconds: at once, and once
+    assert [rank.hear() for rank in made] == ["ready"] * 3
     yield made
     for rank in made:
         rank.end()
@@ -158,6 +160,18 @@ def test_a_broadcast_that_nobody_joined_is_freed(ranks: list[Rank], payload: tor
     another = join("another", ranks[:2])
     check_broadcast(another, ranks[:2], payload)
     another.close(broken=False)
+
+
+def test_a_group_that_was_left_holds_nobody_up(ranks: list[Rank]) -> None:
+    group = join("forgotten", ranks[:1])
+    stuck = group.broadcast(torch.zeros(64 << 20, dtype=torch.uint8))
+    group.close(broken=True)
+    assert error_of(stuck) is not None
+    until(lambda: our_threads() == [])
+    del group, stuck
+    begun = time.monotonic()
+    gc.collect()  # as Python does it at any moment, in any thread
+    assert time.monotonic() - begun < 2.0
 
 
 def test_a_rank_that_dies_ends_the_broadcast(ranks: list[Rank]) -> None:

@@ -124,9 +124,14 @@ class ChildProcess:
 def redacted(argv: Sequence[str]) -> list[str]:
     """The command line with the keys replaced by ``***``."""
     return [
-        "***" if before in SECRET_OPTIONS else word
+        "***" if before in SECRET_OPTIONS else _without_secret(word)
         for before, word in zip(["", *argv], argv, strict=False)
     ]
+
+
+def _without_secret(word: str) -> str:
+    option, equals, _ = word.partition("=")
+    return f"{option}=***" if equals and option in SECRET_OPTIONS else word
 
 
 def installed_version(python: str, distribution: str) -> str | None:

@@ -101,6 +101,8 @@ def flags(options: Mapping[str, Any]) -> list[str]:
             words += [flag, *map(str, value)]
         elif isinstance(value, Mapping):
             words += [flag, json.dumps(value)]
+        elif str(value).startswith("-") and isinstance(value, str):
+            words.append(f"{flag}={value}")  # argparse would take it for an option
         else:
             words += [flag, str(value)]
     return words
