@@ -19,7 +19,8 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "punctuation": lambda text: bool(text) and all(sign in string.punctuation for sign in text),
 }
 
-MAX_REPEATS = 3
+NUM_TOKENS = 16  # that an answer may have
+MAX_REPEATS = 4  # of one token that count
 
 TRAIN_PHRASES = (
     "Write {} only.",
@@ -64,14 +65,14 @@ def make_questions(phrases: Sequence[str]) -> list[Question]:
     return [Question(phrase.format(kind), kind) for phrase in phrases for kind in KINDS]
 
 
-def score(tokens: Sequence[str], kind: str, *, num_tokens: int) -> float:
-    """The share of ``num_tokens`` that are of the kind asked for, from 0 to 1.
+def score(tokens: Sequence[str], kind: str) -> float:
+    """The share of the ``NUM_TOKENS`` tokens that are of the kind asked for, from 0 to 1.
 
     ``tokens`` are the answer's tokens, each decoded on its own; the spaces around them don't
-    count. A token counts three times at most, so writing one over and over scores little, and so
-    does an answer that ends early.
+    count. Only ``MAX_REPEATS`` of the same token do, so writing one over and over scores little,
+    and so does an answer that ends early.
     """
     is_right = KINDS[kind]
     counts = Counter(token.strip() for token in tokens)
     num_right = sum(min(n, MAX_REPEATS) for token, n in counts.items() if is_right(token))
-    return num_right / num_tokens
+    return num_right / NUM_TOKENS

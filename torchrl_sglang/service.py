@@ -103,6 +103,7 @@ class AsyncSGLang(RLSGLangEngine):
         admin_api_key: str | None = None,
         log_dir: str | os.PathLike[str] | None = None,
         timeouts: Timeouts | None = None,
+        server_env: Mapping[str, str] | None = None,
         **server_args: Any,
     ) -> Self:
         """Starts servers and a router, and returns once they take requests.
@@ -120,10 +121,11 @@ class AsyncSGLang(RLSGLangEngine):
             server_python: interpreter of an environment that has SGLang; this one by default.
             router: how requests are spread.
             server_ports: fixed ports, one per replica; free ones by default.
-            api_key: key of servers and router; random by default.
-            admin_api_key: key of the control routes; random by default.
+            api_key: key of servers and router; random by default, ``""`` for none.
+            admin_api_key: key of the control routes; random by default, ``""`` for none.
             log_dir: folder for the logs; a new temporary one by default.
             timeouts: every bound on waiting.
+            server_env: variables for the servers' environment, on top of this process's.
             **server_args: further ``sglang.launch_server`` options, such as
                 ``mem_fraction_static=0.8``.
 
@@ -134,8 +136,8 @@ class AsyncSGLang(RLSGLangEngine):
         """
         timeouts = timeouts or Timeouts()
         keys = Credentials(
-            api_key=api_key or secrets.token_hex(24),
-            admin_api_key=admin_api_key or secrets.token_hex(24),
+            api_key=_chosen_key(api_key),
+            admin_api_key=_chosen_key(admin_api_key),
         )
         server = ServerConfig(
             model_path=model_name,
@@ -146,6 +148,7 @@ class AsyncSGLang(RLSGLangEngine):
             ep_size=ep_size,
             api_key=keys.api_key,
             admin_api_key=keys.admin_api_key,
+            env=server_env or {},
             extra_args=server_args,
         )
         servers = plan_fleet(
@@ -338,6 +341,11 @@ class AsyncSGLang(RLSGLangEngine):
     def __repr__(self) -> str:
         kind = "managed" if self._local.fleet else "external"
         return f"{type(self).__name__}({self._url!r}, {kind}, {self.gate.state.value})"
+
+
+def _chosen_key(given: str | None) -> str | None:
+    """The key that was given, a random one for None, none for an empty one."""
+    return secrets.token_hex(24) if given is None else given or None
 
 
 def make_sglang_server(model_name: str, **kwargs: Any) -> AsyncSGLang:

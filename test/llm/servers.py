@@ -14,18 +14,26 @@ from transformers import AutoModelForCausalLM
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme
 from torchrl_sglang.errors import ServiceError
 
-# Small enough for a laptop; the rest are the library's own defaults for a CPU. bf16 logits of 8 to 16
-# are 0.06 apart, which would hide an error of log-probs: with the head in float32 (on both sides, see
-# `hf_log_probs`) a bound of 0.02 means something on a peaked distribution too.
-CPU_SERVER_ARGS = {"max_total_tokens": 16384, "random_seed": 0, "enable_fp32_lm_head": True}
+# Small enough for a laptop; the rest are the library's own defaults for a CPU. bf16 logits of 8 to
+# 16 are 0.06 apart, which would hide an error of log-probs: with the head in float32 (on both
+# sides, see `hf_log_probs`) a bound of 0.02 means something on a peaked distribution too.
+#
+# One thread is as fast for so small a model, and two of them wait for each other where something
+# else runs on the same two cores.
+CPU_SERVER_ARGS = {
+    "max_total_tokens": 16384,
+    "random_seed": 0,
+    "enable_fp32_lm_head": True,
+    "server_env": {"OMP_NUM_THREADS": "1"},
+}
 
 
 @torch.no_grad()
 def make_peaked_model(path: Path, *, seed: int = 0) -> Path:
     """A tiny Qwen2 with next-token distributions as peaked as a trained model's.
 
-    Its layers are scaled down, so that bf16 noise (two right implementations differ by it) stays far
-    below the differences that the tests look for, and its logits are scaled up.
+    Its layers are scaled down, so that bf16 noise (two right implementations differ by it) stays
+    far below the differences that the tests look for, and its logits are scaled up.
     """
     make_tiny_model(path, seed=seed, hidden_size=128)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)

@@ -69,9 +69,7 @@ def test_llm_collector_with_weight_updater(
     service: AsyncSGLang, tokenizer: Any, model: Any, restore_weights: None
 ) -> None:
     scheme = SGLangWeightSyncScheme(service)
-    collector = make_collector(
-        service, tokenizer, weight_updater=scheme, track_policy_version=True
-    )
+    collector = make_collector(service, tokenizer, weight_updater=scheme, track_policy_version=True)
     try:
         first = collector.policy_version
         for seed in (1, 2):
@@ -85,9 +83,7 @@ def test_llm_collector_with_weight_updater(
         scheme.close()
 
 
-def test_attach(
-    service: AsyncSGLang, tokenizer: Any, model: Any, restore_weights: None
-) -> None:
+def test_attach(service: AsyncSGLang, tokenizer: Any, model: Any, restore_weights: None) -> None:
     scheme = SGLangWeightSyncScheme(service)
     collector = make_collector(service, tokenizer, track_policy_version=True)
     try:
@@ -131,9 +127,7 @@ def test_a_failed_push_does_not_bump_the_version(
     from fault_proxy import Fault
 
     scheme = SGLangWeightSyncScheme(proxied)
-    collector = make_collector(
-        proxied, tokenizer, weight_updater=scheme, track_policy_version=True
-    )
+    collector = make_collector(proxied, tokenizer, weight_updater=scheme, track_policy_version=True)
     try:
         first = collector.policy_version
         proxy.faults["/end_weight_update"] = Fault(status=500)
@@ -149,10 +143,8 @@ def test_a_failed_push_does_not_bump_the_version(
         scheme.close()
 
 
-def test_grpo_on_a_collected_batch(
-    service: AsyncSGLang, tokenizer: Any, model: Any
-) -> None:
-    """On policy, the importance ratios are 1: log-probs, masks and NaNs are what GRPOLoss expects."""
+def test_grpo_on_a_collected_batch(service: AsyncSGLang, tokenizer: Any, model: Any) -> None:
+    """On policy the importance ratios are 1: log-probs, masks and NaNs are as GRPOLoss wants."""
     collector = make_collector(service, tokenizer)
     try:
         batch = next(iter(collector)).reshape(-1)
@@ -164,6 +156,6 @@ def test_grpo_on_a_collected_batch(
     loss = loss_module(batch)
     loss.loss_objective.backward()
     assert torch.isfinite(loss.loss_objective)
-    assert loss.ESS == pytest.approx(1.0, abs=0.01)
+    assert abs(loss.ESS - 1.0) < 0.01
     assert abs(loss.kl_approx) < 0.01
     assert model.model.norm.weight.grad.abs().sum() > 0

@@ -154,9 +154,7 @@ def test_managed_servers_listen_on_loopback(service: AsyncSGLang) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", "/"])
-def test_connect_to_a_single_server(
-    service: AsyncSGLang, ending: str, timeouts: Timeouts
-) -> None:
+def test_connect_to_a_single_server(service: AsyncSGLang, ending: str, timeouts: Timeouts) -> None:
     url = service.workers[0].url
     keys = service._keys
     with AsyncSGLang.connect(
@@ -302,9 +300,7 @@ def test_5xx_that_stays_is_raised(proxied: AsyncSGLang, proxy: FaultProxy) -> No
         proxied.generate([[5, 6], [7, 8]], {"max_new_tokens": 2})
 
 
-def test_no_answer_in_time(
-    service: AsyncSGLang, proxy: FaultProxy, timeouts: Timeouts
-) -> None:
+def test_no_answer_in_time(service: AsyncSGLang, proxy: FaultProxy, timeouts: Timeouts) -> None:
     keys = service._keys
     impatient = AsyncSGLang.connect(
         proxy.url, api_key=keys.api_key, timeouts=Timeouts(request_s=1.0)

@@ -120,7 +120,9 @@ def test_padded_and_ragged_agree(service: AsyncSGLang, tokenizer: Any) -> None:
         attended = padded["masks"].all_attention_mask
         assert torch.equal(ragged["tokens"].full, padded["tokens"].full[attended])
         kept = padded["log_probs"].full[attended]
-        torch.testing.assert_close(ragged["log_probs"].full, kept, equal_nan=True, atol=0.01, rtol=0)
+        torch.testing.assert_close(
+            ragged["log_probs"].full, kept, equal_nan=True, atol=0.01, rtol=0
+        )
     prompts = outs[1]["tokens"].prompt
     assert prompts[3, 0] == tokenizer.pad_token_id  # prompts are padded on the left
     assert (prompts[:, -1] != tokenizer.pad_token_id).all()
@@ -315,9 +317,7 @@ def test_unsupported_options_raise_at_construction(
         },
     ],
 )
-def test_contradictions_raise_at_construction(
-    service: AsyncSGLang, kwargs: dict[str, Any]
-) -> None:
+def test_contradictions_raise_at_construction(service: AsyncSGLang, kwargs: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         SGLangWrapper(service, **kwargs)
 

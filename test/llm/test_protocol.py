@@ -204,7 +204,7 @@ def rows(*values: Any) -> Change:
         (lambda made: made.update(output_ids=[]), "0 output ids"),
         (
             lambda made: (made.update(output_ids=[]), meta(completion_tokens=0)(made)),
-            "0 output ids",
+            "0 output ids, completion_tokens=0",
         ),
         (meta(output_token_logprobs=[]), "log-probs for 0 tokens"),
         (rows(-1.0, -1.0), "log-probs for 2 tokens do not belong to the 3"),
@@ -215,6 +215,7 @@ def rows(*values: Any) -> Change:
         (rows(-1.0, math.nan, -1.0), "not finite"),
         (rows(-1.0, -math.inf, -1.0), "not finite"),
         (rows(math.inf, -math.inf, -1.0), "not finite"),
+        (meta(output_token_logprobs=[[]]), "lacks what was asked for.*IndexError"),
         (rows(-1.0, None, -1.0), "lacks what was asked for"),
         (rows(-1.0, "-1.0", -1.0), "lacks what was asked for"),
         (

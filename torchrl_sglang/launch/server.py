@@ -133,7 +133,7 @@ def server_env(config: ServerConfig, base: Mapping[str, str]) -> dict[str, str]:
         env.setdefault("NCCL_CUMEM_ENABLE", "1")
         if config.cuda_devices is not None and _even_step(config.cuda_devices) is None:
             env["CUDA_VISIBLE_DEVICES"] = _visible(config.cuda_devices, base)
-    return env
+    return {**env, **config.env}
 
 
 def _visible(devices: tuple[int, ...], base: Mapping[str, str]) -> str:
