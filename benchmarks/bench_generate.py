@@ -184,8 +184,6 @@ def main() -> None:
             device=args.device,
             api_key="",
             admin_api_key="",
-            # As fast for a tiny model, and steadier where something else runs on the same cores.
-            server_env={"OMP_NUM_THREADS": "1"},
         ) as service:
             bare = Bare(service, sampling, prompts)
             runs = {

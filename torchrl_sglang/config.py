@@ -35,6 +35,7 @@ class ServerConfig:
         host: the address to listen on.
         api_key: key for generate and info routes; None: no key.
         admin_api_key: key for control routes; None: no key.
+        cpu_threads: threads that compute, on CPU; None leaves them to torch (all cores).
         env: variables for the server's environment, on top of this process's.
         extra_args: further ``sglang.launch_server`` options, ``{"mem_fraction_static": 0.8}``;
             True is a bare flag, False or None leaves the option out.
@@ -51,6 +52,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     api_key: str | None = None
     admin_api_key: str | None = None
+    cpu_threads: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     extra_args: Mapping[str, Any] = field(default_factory=dict)
 

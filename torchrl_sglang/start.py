@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,10 +49,22 @@ def plan_fleet(
         replace(
             server,
             cuda_devices=gpus[index],
+            cpu_threads=cpu_threads(len(os.sched_getaffinity(0)), num_replicas),
             port=ports[index] if ports is not None else None,
         )
         for index in range(num_replicas)
     )
+
+
+def cpu_threads(num_cores: int, num_replicas: int) -> int:
+    """Threads that each CPU server computes with.
+
+    Threads of one computation wait for each other at every step. Where there are more of them than
+    cores, one always waits for its turn and all others spin: a 2-core machine with two servers of
+    two threads generates ten times slower than with one thread each. One core is left to the
+    router, the HTTP servers and the trainer.
+    """
+    return max(1, (num_cores - 1) // num_replicas)
 
 
 def check_model(model_name: str) -> None:

@@ -17,14 +17,10 @@ from torchrl_sglang.errors import ServiceError
 # Small enough for a laptop; the rest are the library's own defaults for a CPU. bf16 logits of 8 to
 # 16 are 0.06 apart, which would hide an error of log-probs: with the head in float32 (on both
 # sides, see `hf_log_probs`) a bound of 0.02 means something on a peaked distribution too.
-#
-# One thread is as fast for so small a model, and two of them wait for each other where something
-# else runs on the same two cores.
 CPU_SERVER_ARGS = {
     "max_total_tokens": 16384,
     "random_seed": 0,
     "enable_fp32_lm_head": True,
-    "server_env": {"OMP_NUM_THREADS": "1"},
 }
 
 

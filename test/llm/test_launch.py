@@ -35,7 +35,6 @@ from torchrl_sglang import AsyncSGLang, Timeouts
 def main():
     service = AsyncSGLang.from_pretrained(
         sys.argv[1], device="cpu", log_dir=sys.argv[2], max_total_tokens=4096,
-        server_env={"OMP_NUM_THREADS": "1"},
         timeouts=Timeouts(start_s=240.0, stop_s=10.0),
     )
     print("ready", service.server_url, *(worker.url for worker in service.workers), flush=True)

@@ -385,6 +385,7 @@ def test_the_guard_starts_nothing_for_a_parent_that_is_gone() -> None:
         text=True,
         timeout=20.0,
         check=False,
+        start_new_session=True,  # a guard ends whoever is in its session
     )
     assert (done.stdout, done.returncode) == ("", 1)
 

@@ -127,6 +127,8 @@ def server_env(config: ServerConfig, base: Mapping[str, str]) -> dict[str, str]:
     env = dict(base)
     if config.device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
+        if config.cpu_threads is not None:
+            env.setdefault("OMP_NUM_THREADS", str(config.cpu_threads))
     else:
         # The server would set 0 for itself, and a trainer that sets nothing would then fail in the
         # first broadcast; 1 is what torch gives the trainer.
