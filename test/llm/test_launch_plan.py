@@ -22,7 +22,13 @@ from torchrl_sglang.launch.server import (
     server_argv,
     server_env,
 )
-from torchrl_sglang.start import check_model, choose_device, divide_gpus, plan_fleet
+from torchrl_sglang.start import (
+    check_model,
+    choose_device,
+    cpu_threads,
+    divide_gpus,
+    plan_fleet,
+)
 
 
 @pytest.fixture
@@ -69,6 +75,9 @@ def argv_of(config: ServerConfig) -> list[str]:
         ({"cuda_graph_bs": (1, 2)}, ["--cuda-graph-bs", "1", "2"]),
         ({"seed": 0}, ["--seed", "0"]),
         ({"a": "", "b": "x y"}, ["--a", "", "--b", "x y"]),
+        # As a word of its own, argparse would take it for an option.
+        ({"api_key": "-x"}, ["--api-key=-x"]),
+        ({"priority": -1}, ["--priority", "-1"]),
     ],
     ids=str,
 )
@@ -157,6 +166,13 @@ def test_keys_are_not_shown() -> None:
     assert [a for a, b in zip(argv, shown, strict=True) if a != b] == ["secret", "hidden"]
 
 
+def test_a_key_that_looks_like_an_option_is_not_shown_either() -> None:
+    shown = redacted(argv_of(server(api_key="-secret", admin_api_key="--hidden")))
+    assert "--api-key=***" in shown
+    assert "--admin-api-key=***" in shown
+    assert not [word for word in shown if "secret" in word or "hidden" in word]
+
+
 # GPUs
 
 
@@ -207,6 +223,40 @@ def test_environment(device: str, base: dict[str, str], expected: dict[str, str]
     before = dict(base)
     assert server_env(server(device=device), base) == expected
     assert base == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "base", "expected"),
+    [
+        ({"cpu_threads": 3}, {}, "3"),
+        ({"cpu_threads": 3}, {"OMP_NUM_THREADS": "5"}, "5"),
+        ({"cpu_threads": 3, "env": {"OMP_NUM_THREADS": "7"}}, {"OMP_NUM_THREADS": "5"}, "7"),
+        ({"cpu_threads": None}, {}, None),
+        ({"cpu_threads": 3, "device": "cuda"}, {}, None),
+    ],
+    ids=str,
+)
+def test_threads_of_a_cpu_server(
+    changes: dict[str, Any], base: dict[str, str], expected: str | None
+) -> None:
+    config = server(**{"device": "cpu", **changes})
+    assert server_env(config, base).get("OMP_NUM_THREADS") == expected
+
+
+def test_the_users_variables_win() -> None:
+    config = server(env={"NCCL_CUMEM_ENABLE": "0", "MINE": "1"})
+    env = server_env(config, {"NCCL_CUMEM_ENABLE": "1", "OTHER": "2"})
+    assert env == {"NCCL_CUMEM_ENABLE": "0", "MINE": "1", "OTHER": "2"}
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_replicas", "expected"),
+    [(1, 1, 1), (2, 1, 1), (2, 2, 1), (9, 1, 8), (9, 2, 4), (9, 3, 2), (4, 8, 1)],
+)
+def test_cores_are_divided_among_cpu_servers(
+    num_cores: int, num_replicas: int, expected: int
+) -> None:
+    assert cpu_threads(num_cores, num_replicas) == expected
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,9 @@ def test_ipv6() -> None:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("no IPv6 here")
-    with PortReservation("::1") as held, socket.socket(socket.AF_INET6) as other:
-        with pytest.raises(OSError, match="in use"):
-            other.bind(("::1", held.port))
+    with (
+        PortReservation("::1") as held,
+        socket.socket(socket.AF_INET6) as other,
+        pytest.raises(OSError, match="in use"),
+    ):
+        other.bind(("::1", held.port))

@@ -21,7 +21,6 @@ from ..errors import (
     PushError,
     PushTimeoutError,
     RequestRefusedError,
-    ServiceError,
     SGLangError,
 )
 from ..protocol import WorkerInfo
@@ -163,10 +162,17 @@ class WeightPusher:
             self._connected = False
         if group is None:
             return
-        for worker in self._workers:
-            with contextlib.suppress(ServiceError):
-                worker.post("/destroy_weights_update_group", {"group_name": group.name})
-        group.close(broken=False)
+        body = {"group_name": group.name}
+        # NCCL ends a communicator only when all ranks do, so no side may wait for another.
+        ends: dict[Future[Any], str | None] = {
+            in_thread(
+                lambda w=w: w.post("/destroy_weights_update_group", body), "torchrl_sglang-leave"
+            ): w.url
+            for w in self._workers
+        }
+        ends[in_thread(lambda: group.close(broken=False), "torchrl_sglang-leave")] = None
+        with contextlib.suppress(PushError):  # a server that is gone has left already
+            watch(ends, step="close", timeout_s=self._service.timeouts.control_s)
 
     def _drop_group(self) -> None:
         """After a failure the group can't be trusted: the next push makes a new one."""
