@@ -7,8 +7,8 @@ from .policy import BehaviourLogProbWarning, SGLangWrapper
 from .protocol import Completion, GenerateRequest, VersionSpan
 from .sampling import SamplingParams
 from .service import AsyncSGLang, make_sglang_server
+from .weights.result import PushResult
 from .weights.scheme import SGLangWeightSyncScheme
-from .weights.update import PushResult
 
 __all__ = [
     "AsyncSGLang",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Self
 
 from .client import ControlClient
 from .config import Timeouts
 from .errors import ConnectError, NoWorkersError, RequestRefusedError, ServiceError
-from .protocol import WorkerInfo, parse_worker_info, parse_worker_urls
+from .info import WorkerInfo, parse_worker_info, parse_worker_urls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,14 @@ class Credentials:
 
     api_key: str | None = None
     admin_api_key: str | None = None
+
+    @classmethod
+    def chosen(cls, api_key: str | None, admin_api_key: str | None) -> Self:
+        """Keys for managed servers: those given, random ones for None, none for an empty string."""
+        random = secrets.token_hex(24), secrets.token_hex(24)
+        given = api_key, admin_api_key
+        keys = [r if g is None else g or None for g, r in zip(given, random, strict=True)]
+        return cls(api_key=keys[0], admin_api_key=keys[1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import ServiceClosedError
 
@@ -19,39 +19,80 @@ class BackgroundLoop:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._closing = False
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Waits for a coroutine; the coroutine bounds its own time.
 
-        An exception in the waiting thread (Ctrl-C) cancels the coroutine. Called from the loop's
-        own thread it would wait for itself, so that raises.
+        An exception in the waiting thread (Ctrl-C) cancels the coroutine, whenever it comes.
+
+        Raises:
+            ServiceClosedError: the loop was closed, before the call or during it.
+            RuntimeError: called from the loop's own thread, where it would wait for itself.
         """
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("a blocking call from the event loop's own thread would never end.")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        call = _Call(coroutine)
         try:
+            with self._lock:
+                if self._closing:
+                    raise ServiceClosedError("the service was shut down.")
+                future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
             return future.result()
         except CancelledError:
             raise ServiceClosedError(
                 "the service was shut down while this call was waiting."
             ) from None
         except BaseException:
-            future.cancel()
+            self._abandon(call)
             raise
+
+    def _abandon(self, call: _Call[Any]) -> None:
+        with self._lock:
+            if self._closing:
+                call.abandon()
+            else:
+                self._loop.call_soon_threadsafe(call.abandon)
 
     def close(self) -> None:
         """Cancels what still runs and ends the thread; harmless twice."""
-        if self._loop.is_closed():
-            return
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(5.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+class _Call(Generic[T]):
+    """A coroutine that can be given up before, while and after it runs."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._coroutine = coroutine
+        self._task: asyncio.Task[Any] | None = None
+        self._abandoned = False
+
+    async def run(self) -> T:
+        self._task = asyncio.current_task()
+        if self._abandoned:
+            self._coroutine.close()
+            raise asyncio.CancelledError
+        return await self._coroutine
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        if self._task is None:
+            self._coroutine.close()
+        elif not self._task.done():
+            self._task.cancel()
 
 
 async def _cancel_all() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
@@ -17,6 +17,16 @@ VerifyMethod = Literal["auto", "checksum", "probe", "never"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is an integer of at least 1; True is no number."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_port(port: object) -> None:
+    valid = port is None or (is_count(port) and int(str(port)) < 65536)
+    _require(valid, f"port must be an integer from 1 to 65535, or None, got {port!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +74,8 @@ class ServerConfig:
         )
         for name in ("tp_size", "dp_size", "pp_size", "ep_size"):
             size = getattr(self, name)
-            _require(
-                isinstance(size, int) and size >= 1,
-                f"{name} must be an integer >= 1, got {size!r}.",
-            )
+            _require(is_count(size), f"{name} must be an integer >= 1, got {size!r}.")
+        _check_port(self.port)
         if self.cuda_devices is not None:
             needed = self.num_gpus
             _require(
@@ -103,6 +111,19 @@ class RouterConfig:
     health_check_interval_s: int = 10
     extra_args: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        policies = get_args(RouterPolicy)
+        _require(self.policy in policies, f"policy must be one of {policies}, got {self.policy!r}.")
+        _require(
+            is_count(self.health_check_interval_s),
+            "health_check_interval_s must be an integer >= 1, got "
+            f"{self.health_check_interval_s!r}.",
+        )
+        _check_port(self.port)
+        decided = {"port", "host", "policy", "worker_urls", "api_key", "prometheus_port"}
+        own = sorted(decided & set(self.extra_args))
+        _require(not own, f"router options {own} are decided by the service: leave them out.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timeouts:
@@ -128,7 +149,10 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            _require(value > 0, f"Timeouts.{name} must be positive, got {value!r}.")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            _require(
+                number and value > 0, f"Timeouts.{name} must be positive seconds, got {value!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +182,10 @@ class WeightSyncConfig:
         _require(
             self.pause_mode in ("retract", "abort"),
             f"pause_mode must be 'retract' or 'abort', got {self.pause_mode!r}.",
+        )
+        _require(
+            self.probe_tolerance >= 0,
+            f"probe_tolerance must be a number >= 0, got {self.probe_tolerance!r}.",
         )
         _require(self.bucket_bytes >= 1, f"bucket_bytes must be >= 1, got {self.bucket_bytes!r}.")
         _require(

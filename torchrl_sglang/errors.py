@@ -220,7 +220,9 @@ def _rebuild(
     cls: type[SGLangError], args: tuple[object, ...], state: dict[str, object]
 ) -> SGLangError:
     """Unpickles an error whose ``__init__`` takes more than its message."""
-    error = cls.__new__(cls)
+    # Where a class has two builtin bases, only OSError's __new__ is safe for it.
+    base = OSError if issubclass(cls, OSError) else Exception
+    error: SGLangError = base.__new__(cls)
     error.args = args
     error.__dict__.update(state)
     return error

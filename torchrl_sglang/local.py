@@ -10,6 +10,7 @@ from .attach import Cluster, Credentials, attach
 from .background import BackgroundLoop
 from .client import DataClient
 from .config import Timeouts
+from .errors import ServiceClosedError
 from .gate import UpdateGate
 from .launch.fleet import Fleet
 from .protocol import Completion, GenerateRequest
@@ -35,6 +36,7 @@ class LocalResources:
         self._pid = os.getpid()
         self._loop: BackgroundLoop | None = None
         self._data: DataClient | None = None
+        self._closed = False
 
     @property
     def foreign(self) -> bool:
@@ -59,6 +61,8 @@ class LocalResources:
     ) -> list[Completion]:
         """Sends a batch over the connection pool, which the first call makes."""
         with self.lock:
+            if self._closed:
+                raise ServiceClosedError("the service was shut down.")
             if self._loop is None or self._data is None:
                 self._loop = BackgroundLoop("torchrl_sglang")
                 self._data = DataClient(url, api_key=api_key, timeouts=timeouts)
@@ -73,6 +77,7 @@ class LocalResources:
         with self.lock:
             loop, data, fleet = self._loop, self._data, self.fleet
             self._loop = self._data = self.fleet = None
+            self._closed = True
         if loop is not None and data is not None:
             loop.run(data.close())
             loop.close()

@@ -202,7 +202,6 @@ class SGLangWrapper(LLMWrapperBase):
             InputError: an empty batch, a missing key, an empty or a too long prompt.
             ServiceError: the servers refused, failed or did not answer in time.
         """
-        kwargs.pop("logits_only", None)
         if tensordict.numel() == 0:
             raise EmptyBatchError(f"the batch is empty: batch size {tuple(tensordict.batch_size)}.")
         prompts = read_prompts(_flatten(tensordict), self._prompt_spec)

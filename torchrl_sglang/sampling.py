@@ -67,13 +67,18 @@ class SamplingParams:
     sampling_seed: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
+        ids = _as_tuple("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", ids)
         for name, (valid, rule) in _RULES.items():
             value = getattr(self, name)
             if not _holds(valid, value):
                 raise UnsupportedOptionError(f"{name}={value!r}: must be {rule}.")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UnsupportedOptionError(
+                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens="
+                f"{self.max_new_tokens}."
+            )
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any] | None) -> SamplingParams:
@@ -90,7 +95,7 @@ class SamplingParams:
 
     def updated(self, kwargs: Mapping[str, Any]) -> SamplingParams:
         """These parameters with ``kwargs`` laid over them; errors as in `from_kwargs`."""
-        return replace(self, **_canonical(kwargs))
+        return replace(self, **_canonical(kwargs, self.temperature))
 
     def body(self) -> dict[str, Any]:
         """The ``sampling_params`` object of SGLang's ``/generate``."""
@@ -104,6 +109,17 @@ class SamplingParams:
         """The active settings that the reported log-probs do not reflect."""
         active = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
         return tuple(name for name, on in active.items() if on and self.temperature > 0)
+
+
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """One string, a sequence or None, as a tuple."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(value)
+    raise UnsupportedOptionError(f"{name}={value!r}: must be a sequence.")
 
 
 def _number(value: object) -> bool:
@@ -131,11 +147,14 @@ _RULES: dict[str, tuple[Any, str]] = {
     "stop": (lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
     "stop_token_ids": (lambda v: all(_count(i) and i >= 0 for i in v), "integers >= 0"),
     "ignore_eos": (lambda v: isinstance(v, bool), "True or False"),
-    "sampling_seed": (lambda v: v is None or _count(v), "an integer or None"),
+    "sampling_seed": (
+        lambda v: v is None or (_count(v) and abs(v) < 2**63),
+        "an integer of 64 bits or None",
+    ),
 }
 
 
-def _canonical(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _canonical(kwargs: Mapping[str, Any], temperature: float) -> dict[str, Any]:
     """User names to field names; ``do_sample`` becomes a temperature."""
     known = {f.name for f in fields(SamplingParams)}
     result: dict[str, Any] = {}
@@ -148,14 +167,26 @@ def _canonical(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if name in result:
             raise UnsupportedOptionError(f"{given!r} and another spelling of {name!r} are given.")
         result[name] = value
-    if kwargs.get("do_sample", True) is False:
+    if "do_sample" in kwargs:
+        _apply_do_sample(kwargs["do_sample"], result, temperature)
+    return result
+
+
+def _apply_do_sample(do_sample: Any, result: dict[str, Any], temperature: float) -> None:
+    """Hugging Face's switch: False is temperature 0; True must not meet a temperature of 0."""
+    if not isinstance(do_sample, bool):
+        raise UnsupportedOptionError(f"do_sample={do_sample!r}: must be True or False.")
+    if do_sample and result.get("temperature", temperature) == 0:
+        raise UnsupportedOptionError(
+            "do_sample=True, but the temperature is 0, which is greedy: give a temperature above 0."
+        )
+    if not do_sample:
         if result.get("temperature", 0) != 0:
             raise UnsupportedOptionError(
                 f"do_sample=False is greedy, but temperature={result['temperature']!r} is given: "
                 "leave one out."
             )
         result["temperature"] = 0.0
-    return result
 
 
 def _unknown(name: str, known: set[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,22 +11,21 @@ from types import TracebackType
 from typing import Any, Self
 
 from .attach import Cluster, Credentials
-from .client import ControlClient
 from .config import RouterConfig, ServerConfig, Timeouts
-from .engine import RLSGLangEngine
-from .errors import ConfigError, EmptyBatchError
+from .errors import EmptyBatchError
 from .gate import ServiceState, UpdateGate
 from .launch.fleet import FleetPlan
 from .local import LocalResources
-from .protocol import INITIAL_VERSION, Completion, GenerateRequest, WorkerInfo
+from .protocol import INITIAL_VERSION, Completion, GenerateRequest
 from .requests_in import to_requests
 from .sampling import SamplingParams
+from .served import ServedModel
 from .start import choose_device, plan_fleet, start_fleet
 
 Prompts = str | GenerateRequest | Sequence[int] | Sequence[str | Sequence[int] | GenerateRequest]
 
 
-class AsyncSGLang(RLSGLangEngine):
+class AsyncSGLang(ServedModel):
     """The rollout service: generates with SGLang servers that it started or attached to.
 
     Managed (`from_pretrained`): starts servers and one router, and ends them in `shutdown`, on
@@ -135,10 +133,7 @@ class AsyncSGLang(RLSGLangEngine):
                 message, and nothing is left running.
         """
         timeouts = timeouts or Timeouts()
-        keys = Credentials(
-            api_key=_chosen_key(api_key),
-            admin_api_key=_chosen_key(admin_api_key),
-        )
+        keys = Credentials.chosen(api_key, admin_api_key)
         server = ServerConfig(
             model_path=model_name,
             device=choose_device(device),
@@ -174,8 +169,6 @@ class AsyncSGLang(RLSGLangEngine):
             raise
         service._local.fleet = fleet
         return service
-
-    # Generation
 
     def generate(
         self,
@@ -220,8 +213,6 @@ class AsyncSGLang(RLSGLangEngine):
             return None
         return f"weights-{self.weight_version}"
 
-    # What is served, and by whom
-
     @property
     def cluster(self) -> Cluster:
         """What answers at the URL; a copy in another process attaches here, on first use."""
@@ -231,16 +222,6 @@ class AsyncSGLang(RLSGLangEngine):
     def gate(self) -> UpdateGate:
         """Holds requests while weights change."""
         return self._local.gate
-
-    @property
-    def info(self) -> WorkerInfo:
-        """What the first server says of itself."""
-        return self.cluster.infos[0]
-
-    @property
-    def workers(self) -> tuple[ControlClient, ...]:
-        """A control client per server."""
-        return self.cluster.workers
 
     @property
     def state(self) -> ServiceState:
@@ -263,21 +244,6 @@ class AsyncSGLang(RLSGLangEngine):
         self._local.pushed_version = version
 
     @property
-    def server_url(self) -> str:
-        """URL that takes requests: the router's, or the single server's."""
-        return self.cluster.url
-
-    @property
-    def sglang_version(self) -> str:
-        """Version of SGLang that serves."""
-        return self.info.version
-
-    @property
-    def model_path(self) -> str:
-        """Folder or hub name of the model, as the servers know it."""
-        return self.info.model_path
-
-    @property
     def api_key(self) -> str | None:
         """The API key that clients of `server_url` need."""
         return self._keys.api_key
@@ -292,27 +258,10 @@ class AsyncSGLang(RLSGLangEngine):
         """Version of the router that was started here; an external one does not tell."""
         return self._local.fleet.router_version if self._local.fleet else None
 
-    def get_tp_size(self) -> int:
-        """Tensor-parallel ranks per server."""
-        return self.info.tp_size
-
-    def get_dp_size(self) -> int:
-        """Data-parallel ranks per server."""
-        return self.info.dp_size
-
     def refresh(self) -> None:
         """Asks the router and the servers again: after workers joined or left."""
         with self._local.lock:
             self._local.cluster = None
-
-    def flush_cache(self) -> None:
-        """Empties the prefix cache of every server.
-
-        Raises:
-            ServiceError: a server refused; SGLang does so while requests are in flight.
-        """
-        for worker in self.workers:
-            worker.post("/flush_cache")
 
     # Life
 
@@ -343,13 +292,6 @@ class AsyncSGLang(RLSGLangEngine):
         return f"{type(self).__name__}({self._url!r}, {kind}, {self.gate.state.value})"
 
 
-def _chosen_key(given: str | None) -> str | None:
-    """The key that was given, a random one for None, none for an empty one."""
-    return secrets.token_hex(24) if given is None else given or None
-
-
 def make_sglang_server(model_name: str, **kwargs: Any) -> AsyncSGLang:
     """Same as `AsyncSGLang.from_pretrained`, under TorchRL's name for it."""
-    if not isinstance(model_name, str):
-        raise ConfigError(f"model_name is a folder or hub name, got {model_name!r}.")
     return AsyncSGLang.from_pretrained(model_name, **kwargs)

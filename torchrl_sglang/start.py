@@ -11,11 +11,11 @@ import torch
 
 from .attach import Credentials
 from .client import ControlClient
-from .config import Device, ServerConfig
+from .config import Device, ServerConfig, is_count
 from .errors import ConfigError, ServiceError
+from .info import parse_worker_urls
 from .launch.fleet import Fleet, FleetPlan
 from .launch.server import check_extra_args
-from .protocol import parse_worker_urls
 
 GPUS_HELP = "AsyncSGLang divides cuda_devices among the replicas in order."
 
@@ -40,9 +40,9 @@ def plan_fleet(
     """
     check_model(server.model_path)
     check_extra_args(server.extra_args)
-    if not isinstance(num_replicas, int) or num_replicas < 1:
+    if not is_count(num_replicas):
         raise ConfigError(f"num_replicas must be an integer >= 1, got {num_replicas!r}.")
-    if ports is not None and len(set(ports)) != num_replicas:
+    if ports is not None and (len(ports), len(set(ports))) != (num_replicas, num_replicas):
         raise ConfigError(f"server_ports needs {num_replicas} different ports, got {list(ports)}.")
     gpus = divide_gpus(cuda_devices, num_replicas, server.num_gpus, server.device)
     return tuple(
@@ -113,6 +113,8 @@ def divide_gpus(
             f"cuda_devices, got {len(cuda_devices)}: {list(cuda_devices)}. {GPUS_HELP}"
         )
     devices = tuple(cuda_devices)
+    if len(set(devices)) != len(devices):
+        raise ConfigError(f"cuda_devices names a GPU twice: {list(devices)}.")
     return [devices[i * per_replica : (i + 1) * per_replica] for i in range(num_replicas)]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,31 @@ def session(leader: int) -> list[int]:
 def numbers(path: Path, count: int) -> list[int]:
     """The numbers that a process has printed, once there are as many."""
     return until(lambda: len(found := path.read_text().split()) >= count and [*map(int, found)])
+
+
+def marked(mark: str) -> list[int]:
+    """Living processes that have ``mark`` in their environment."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            if mark.encode() in variables and int(entry) != os.getpid():
+                found.append(int(entry))
+    return [pid for pid in found if alive(pid)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test started, however far down, is gone after it."""
+    name, value = "TORCHRL_SGLANG_TEST", uuid.uuid4().hex
+    monkeypatch.setenv(name, value)
+    yield
+    try:
+        until(lambda: not marked(f"{name}={value}"), 3.0)
+    finally:
+        for pid in marked(f"{name}={value}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 Start = Callable[..., ChildProcess]
@@ -285,15 +311,18 @@ def test_leaving_the_block_stops_it_and_leaves_no_file_open(tmp_path: Path) -> N
 # The end of the parent
 
 
-def parent(tmp_path: Path, then: str, command: Sequence[str]) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def parent(tmp_path: Path, then: str, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     """A process that starts ``command`` with the library, and then does ``then``."""
     folder = str(Path(torchrl_sglang.__file__).parent)
-    return subprocess.Popen(
-        [*PYTHON, PARENT + then, folder, str(tmp_path / "log"), *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    argv = [*PYTHON, PARENT + then, folder, str(tmp_path / "log"), *command]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def guard_pid(process: subprocess.Popen[str]) -> int:
@@ -391,7 +420,8 @@ def test_the_guard_starts_nothing_for_a_parent_that_is_gone() -> None:
 
 
 def test_the_command_dies_with_its_guard(start: Start) -> None:
-    child, pid, _ = family(start)
+    child = start([*PYTHON, "import os, time; print(os.getpid(), flush=True); time.sleep(600)"])
+    (pid,) = numbers(child.log_path, 1)
     os.kill(child.pid, signal.SIGKILL)
     until(lambda: not alive(pid))
 
@@ -401,11 +431,7 @@ def test_what_is_left_of_the_family_can_still_be_stopped(start: Start) -> None:
     os.kill(child.pid, signal.SIGKILL)
     until(lambda: not alive(pid))
     child.stop()
-    try:
-        until(lambda: not alive(grandchild), 2.0)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(grandchild, signal.SIGKILL)
+    until(lambda: not alive(grandchild), 2.0)
 
 
 # Small things

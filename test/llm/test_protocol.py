@@ -20,14 +20,14 @@ from torchrl_sglang.errors import (
     RequestAbortedError,
     ResponseError,
 )
-from torchrl_sglang.protocol import (
+from torchrl_sglang.info import (
     Capabilities,
     WorkerInfo,
     parse_capabilities,
-    parse_completion,
     parse_worker_info,
     parse_worker_urls,
 )
+from torchrl_sglang.protocol import parse_completion
 
 REQUEST = GenerateRequest(input_ids=(1, 2, 3), rid="r1")
 Change = Callable[[dict[str, Any]], object]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_sglang.errors import TopologyError, WeightsError
-from torchrl_sglang.protocol import Capabilities, WorkerInfo
+from torchrl_sglang.info import Capabilities, WorkerInfo
 from torchrl_sglang.weights.expected import Expected
 from torchrl_sglang.weights.flatten import flattened, served_dtype, spec_of
 from torchrl_sglang.weights.plan import Bucket, Ranks, TensorSpec, plan_buckets, plan_ranks
@@ -159,7 +159,7 @@ def test_a_transposed_weight_is_sent_in_its_own_order() -> None:
 
 def expected(dtype: torch.dtype) -> Expected:
     none: frozenset[str] = frozenset()
-    return Expected(model_path="/m", parameters={}, tied=none, buffers=none, dtype=dtype)
+    return Expected(model_path="/m", parameters={}, tied={}, buffers=none, dtype=dtype)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_compiled_layers_inside_a_model(tied_model: Any, tied_served: Expected) 
 
 def test_what_the_served_model_is(model: Any, served: Expected) -> None:
     is_tied = model.config.tie_word_embeddings
-    assert served.tied == ({HEAD} if is_tied else set())
+    assert served.tied == ({HEAD: EMBEDDING} if is_tied else {})
     assert (HEAD in served.parameters) is not is_tied
     assert served.dtype is torch.bfloat16
     assert expected_parameters(served.model_path) == served.parameters

@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,10 +176,8 @@ def _url_host(host: str) -> str:
     return local.get(host, f"[{host}]" if ":" in host else host)
 
 
-def _fail_fast(starts: Sequence, stop: Callable[[], None]) -> Sequence:  # type: ignore[type-arg]
+def _fail_fast(starts: Sequence[Future[str]], stop: Callable[[], None]) -> Sequence[Future[str]]:
     """The finished starts; the first failure stops the others' children at once."""
-    from concurrent.futures import FIRST_EXCEPTION, wait
-
     done, pending = wait(starts, return_when=FIRST_EXCEPTION)
     if pending:
         with contextlib.suppress(Exception):

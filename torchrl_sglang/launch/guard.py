@@ -31,9 +31,10 @@ def prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def session_members() -> list[int]:
-    """Processes of this session and children of this process, except this one."""
-    me, session, found = os.getpid(), os.getsid(0), []
+def session_members(session: int) -> list[int]:
+    """Processes of a session and, for its leader, its children; this process aside."""
+    me, found = os.getpid(), []
+    mine = me == session
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == me:
             continue
@@ -42,7 +43,7 @@ def session_members() -> list[int]:
                 state, ppid, _, sid = stat.read().rpartition(")")[2].split()[:4]
         except OSError:
             continue
-        if state != "Z" and (int(sid) == session or int(ppid) == me):
+        if state != "Z" and (int(sid) == session or (mine and int(ppid) == me)):
             found.append(int(entry))
     return found
 
@@ -56,15 +57,16 @@ def reap() -> None:
         pass
 
 
-def kill_session(patience_s: float = 5.0) -> None:
+def kill_session(session: int, patience_s: float = 5.0) -> None:
     """SIGKILLs until nothing of the session is left."""
     deadline = time.monotonic() + patience_s
-    while (members := session_members()) and time.monotonic() < deadline:
+    while (members := session_members(session)) and time.monotonic() < deadline:
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-        reap()
+        if session == os.getpid():
+            reap()
 
 
 class Wakeup:
@@ -141,7 +143,7 @@ def main(argv: list[str]) -> None:
     wait_for_end(child, parent, wakeup)
     if child.poll() is None:
         stop(child, grace_s, wakeup)
-    kill_session()
+    kill_session(os.getsid(0))
     leave_as(child.returncode)
 
 

@@ -27,13 +27,14 @@ class PortReservation:
                 refuse_if_listening(host, port)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port or 0))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             self._socket.close()
             if isinstance(error, PortTakenError):
                 raise
             raise PortTakenError(
-                f"port {port} on {host} can't be bound ({error.strerror or error}): choose "
-                "another, or pass port=None for a free one."
+                f"port {port} on {host} can't be bound "
+                f"({getattr(error, 'strerror', None) or error}): choose another, or "
+                "pass port=None for a free one."
             ) from error
         self.port: int = self._socket.getsockname()[1]
 
@@ -57,7 +58,7 @@ def refuse_if_listening(host: str, port: int) -> None:
     """Raises `PortTakenError` if something already answers on the port."""
     try:
         socket.create_connection((host, port), timeout=1.0).close()
-    except OSError:
+    except (OSError, OverflowError):
         return
     raise PortTakenError(
         f"port {port} on {host} is in use by another process: choose another, or pass port=None "

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import ProcessDiedError, StartTimeoutError
+from .guard import kill_session
 
 GUARD = Path(__file__).with_name("guard.py")
 SECRET_OPTIONS = ("--api-key", "--admin-api-key")
@@ -105,6 +106,8 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait(5.0)
+        if self._popen.returncode == -signal.SIGKILL:
+            kill_session(self.pid)  # a guard that was killed could not see to it
 
     def _mine(self) -> bool:
         return os.getpid() == self._owner_pid

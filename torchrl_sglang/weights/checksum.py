@@ -32,9 +32,9 @@ def parts_of(server_name: str) -> list[str]:
 
 
 def can_check(server_names: Iterable[str], weight_names: Iterable[str]) -> bool:
-    """Whether every parameter of the server can be rebuilt from the checkpoint's."""
-    known = set(weight_names)
-    return all(known.issuperset(parts_of(name)) for name in server_names)
+    """Whether the server's parameters are built of the checkpoint's, and of all of them."""
+    parts = {part for name in server_names for part in parts_of(name)}
+    return bool(parts) and parts == set(weight_names)
 
 
 def mismatches(

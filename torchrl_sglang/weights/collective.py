@@ -6,7 +6,7 @@ import datetime
 import socket
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch
@@ -71,12 +71,12 @@ def _listen(address: str, port: int | None) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, port or 0))
         listener.listen(128)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
         raise PortTakenError(
             f"the weight sync can't listen on {address}:{port or 'any port'} "
-            f"({error.strerror or error}): name another master_port, or a master_address of this "
-            "machine."
+            f"({getattr(error, 'strerror', None) or error}): name another master_port, or a "
+            "master_address of this machine."
         ) from error
     return listener
 
@@ -98,8 +98,11 @@ class TrainerGroup:
         self.name = name
         self._rendezvous = rendezvous
         self._left = threading.Event()
+        self._timeout_s = timeout_s
+        self._work: Any = None
+        self._sent: Future[None] | None = None
         # SGLang builds its side with the same helper, under the same prefixes.
-        self._group, _ = _new_process_group_helper(
+        self._group: Any = _new_process_group_helper(
             world_size,
             0,
             [],
@@ -107,7 +110,7 @@ class TrainerGroup:
             PrefixStore(name, rendezvous.member()),
             group_name=GroupName(name),
             timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        )[0]
         # destroy_process_group expects the entry that new_group would have made.
         _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
 
@@ -117,36 +120,58 @@ class TrainerGroup:
         NCCL sets its communicator up inside the first broadcast and can block there for good, so
         the calling thread never enters it.
         """
-        return in_thread(lambda: self._broadcast(tensor), "torchrl_sglang-broadcast")
+        self._sent = in_thread(lambda: self._broadcast(tensor), "torchrl_sglang-broadcast")
+        return self._sent
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
         options = BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        work = self._group.broadcast([tensor], options)
-        while not work.is_completed():
-            if self._left.is_set():
-                work.wait(datetime.timedelta(seconds=LEAVE_S))
-                return
-            time.sleep(POLL_S)
-        work.wait()
+        work = self._work = self._group.broadcast([tensor], options)
+        try:
+            while not work.is_completed():
+                if self._left.is_set():
+                    work.wait(datetime.timedelta(seconds=LEAVE_S))
+                    return
+                time.sleep(POLL_S)
+            work.wait()
+        finally:
+            del work  # an error's traceback keeps this frame; see _bury for why that matters
 
     def close(self, *, broken: bool) -> None:
-        """Leaves the group.
+        """Leaves the group; harmless twice.
 
         Args:
             broken: a broadcast may be under way that others never joined.
         """
+        if self._left.is_set():
+            return
         self._left.set()
         self._rendezvous.close()
         if broken:
-            in_thread(self._abort, "torchrl_sglang-abort")
+            in_thread(self._bury, "torchrl_sglang-bury")
         else:
-            destroy_process_group(self._group)
+            group, self._group, self._work = self._group, None, None
+            destroy_process_group(group)
 
-    def _abort(self) -> None:
+    def _bury(self) -> None:
+        """Ends a group that others may never have joined, from a thread that may be left behind.
+
+        An abort while the broadcast's thread waits would leave that thread waiting for good. And
+        Gloo's destructor waits for a broadcast that is still under way, and holds the interpreter's
+        lock while it does: nobody may drop the last reference before the broadcast has run into its
+        own time-out. A group that outlives even that is never dropped.
+        """
+        if self._sent is not None:
+            wait([self._sent], 5 * LEAVE_S)
         self._group.abort()
-        destroy_process_group(self._group)
+        deadline = time.monotonic() + 2 * self._timeout_s
+        while self._work is not None and not self._work.is_completed():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
+        group, self._group, self._work = self._group, None, None
+        destroy_process_group(group)
 
 
 def in_thread(call: Any, name: str) -> Future[Any]:

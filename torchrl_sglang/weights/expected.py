@@ -18,14 +18,14 @@ class Expected:
     Attributes:
         model_path: where its config is.
         parameters: dtype and shape of each, tied ones once, in the model's order.
-        tied: names that share their memory with one of these.
+        tied: names that share their memory with one of these, and which one.
         buffers: names of buffers, which the servers compute themselves.
         dtype: dtype of the checkpoint.
     """
 
     model_path: str
     parameters: dict[str, tuple[torch.dtype, torch.Size]]
-    tied: frozenset[str]
+    tied: dict[str, str]
     buffers: frozenset[str]
     dtype: torch.dtype
 
@@ -43,7 +43,11 @@ def expected_model(model_path: str) -> Expected:
     return Expected(
         model_path=model_path,
         parameters=parameters,
-        tied=frozenset(everything) - frozenset(parameters),
+        tied={
+            name: next(first for first, q in model.named_parameters() if q is p)
+            for name, p in everything.items()
+            if name not in parameters
+        },
         buffers=frozenset(name for name, _ in model.named_buffers()),
         dtype=model.config.dtype or next(model.parameters()).dtype,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import WeightsError
-from ..protocol import WorkerInfo
+from ..info import WorkerInfo
 from .expected import Expected
 from .plan import Bucket, TensorSpec
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TopologyError
-from ..protocol import WorkerInfo
+from ..info import WorkerInfo
 
 FLATTENED = "flattened_bucket"
 

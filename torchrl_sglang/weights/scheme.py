@@ -15,7 +15,8 @@ from ..config import WeightSyncConfig
 from ..errors import ConfigError, NotConnectedError
 from ..service import AsyncSGLang
 from .plan import plan_ranks
-from .update import PushResult, WeightPusher
+from .result import PushResult
+from .update import WeightPusher
 
 
 class SGLangWeightSyncScheme(WeightSyncScheme):

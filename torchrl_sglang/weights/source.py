@@ -83,7 +83,7 @@ def untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     kept: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         identity = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if tensor.numel() and identity in seen:
+        if tensor.numel() and not tensor.is_meta and identity in seen:
             continue
         seen.add(identity)
         kept[name] = tensor
@@ -96,7 +96,7 @@ def matched(weights: Mapping[str, torch.Tensor], expected: Expected) -> dict[str
     Raises:
         WeightsError: a name is unknown or missing, a shape is another, a dtype is not floating.
     """
-    known = set(expected.parameters) | expected.tied | expected.buffers
+    known = {*expected.parameters, *expected.tied, *expected.buffers}
     named = dict(weights)
     while not known.issuperset(named):
         prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in named)), None)
@@ -117,10 +117,21 @@ def matched(weights: Mapping[str, torch.Tensor], expected: Expected) -> dict[str
             f"{len(missing)} of {len(expected.parameters)} parameters of {expected.model_path} are "
             f"missing: {shown(missing)}. A push takes the whole model."
         )
+    check_dtypes({n: t for n, t in named.items() if n not in expected.buffers})
+    check_tied(named, expected)
     named = {name: tensor for name, tensor in named.items() if name in expected.parameters}
     check_shapes(named, expected)
-    check_dtypes(named)
     return named
+
+
+def check_tied(weights: Mapping[str, torch.Tensor], expected: Expected) -> None:
+    """Raises `WeightsError` where two tied parameters differ: the servers hold only one of them."""
+    for name, partner in expected.tied.items():
+        if name in weights and not torch.equal(weights[name], weights[partner]):
+            raise WeightsError(
+                f"{name} differs from {partner}, but {expected.model_path} ties them: tie "
+                "them in training too, or set tie_word_embeddings to false in its config."
+            )
 
 
 def check_shapes(weights: Mapping[str, torch.Tensor], expected: Expected) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,51 +17,18 @@ from ..config import WeightSyncConfig
 from ..errors import (
     NotConnectedError,
     PushError,
-    PushTimeoutError,
     RequestRefusedError,
-    SGLangError,
 )
-from ..protocol import WorkerInfo
-from .collective import Rendezvous, TrainerGroup, in_thread
+from ..info import WorkerInfo
+from .collective import TrainerGroup, in_thread
 from .expected import expected_model
 from .flatten import flattened, served_dtype, spec_of
-from .plan import Bucket, plan_buckets, plan_ranks
+from .join import join_group
+from .plan import Bucket, plan_buckets
+from .result import PushResult, StepTimer
 from .source import matched, named_weights
 from .verify import Verifier
-
-SLOWEST_FIRST_HTTP_ERROR_S = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushResult:
-    """What a push did, and how long each part took.
-
-    Attributes:
-        version: the version that every server now runs.
-        num_bytes: bytes broadcast.
-        num_buckets: broadcasts.
-        verified_by: ``"checksum"``, ``"probe"`` or ``"nothing"``.
-        step_s: seconds of each step, by name.
-        total_s: seconds from pause to continue, verification included.
-    """
-
-    version: int
-    num_bytes: int
-    num_buckets: int
-    verified_by: str
-    step_s: Mapping[str, float]
-    total_s: float
-
-
-@dataclass
-class _Timer:
-    step_s: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def measure(self, step: str) -> Any:
-        start = time.perf_counter()
-        yield
-        self.step_s[step] = self.step_s.get(step, 0.0) + time.perf_counter() - start
+from .watch import watch
 
 
 class WeightPusher:
@@ -113,47 +78,13 @@ class WeightPusher:
             self._connected = True
 
     def _connect(self) -> None:
-        timeouts, workers = self._service.timeouts, self._workers
-        ranks = plan_ranks(self._infos)
-        backend = "gloo" if self._infos[0].device == "cpu" else "nccl"
-        address = self._master_address or self._service.get_master_address()
-        name = f"torchrl_sglang-{uuid.uuid4().hex[:12]}"
-        rendezvous = Rendezvous(address, self._master_port, timeouts.group_s)
-
-        def invite(worker: ControlClient, rank_offset: int) -> None:
-            worker.post(
-                "/init_weights_update_group",
-                {
-                    "master_address": rendezvous.address,
-                    "master_port": rendezvous.port,
-                    "rank_offset": rank_offset,
-                    "world_size": ranks.world_size,
-                    "group_name": name,
-                    "backend": backend,
-                },
-                timeout_s=timeouts.group_s,
-            )
-
-        def join() -> TrainerGroup:
-            return TrainerGroup(
-                rendezvous,
-                name=name,
-                world_size=ranks.world_size,
-                backend=backend,
-                timeout_s=timeouts.group_s,
-            )
-
-        answers = {
-            in_thread(lambda w=w, o=o: invite(w, o), "torchrl_sglang-invite"): w.url
-            for w, o in zip(workers, ranks.offsets, strict=True)
-        }
-        joined = in_thread(join, "torchrl_sglang-join")
-        try:
-            watch({**answers, joined: None}, step="init", timeout_s=timeouts.group_s)
-        except BaseException:
-            rendezvous.close()
-            raise
-        self._group = joined.result()
+        self._group = join_group(
+            self._workers,
+            self._infos,
+            address=self._master_address or self._service.get_master_address(),
+            port=self._master_port,
+            timeout_s=self._service.timeouts.group_s,
+        )
 
     def close(self) -> None:
         """Leaves the group, on both sides; harmless twice."""
@@ -239,7 +170,7 @@ class WeightPusher:
             (spec_of(name, tensor, dtype) for name, tensor in weights.items()),
             self._config.bucket_bytes,
         )
-        timer, start = _Timer(), time.perf_counter()
+        timer, start = StepTimer(), time.perf_counter()
         with timer.measure("pause"):
             self._on_all("pause", "/pause_generation", {"mode": self._config.pause_mode})
             if self._config.flush_cache:
@@ -346,51 +277,3 @@ class WeightPusher:
     def _next_version(self) -> int:
         known = self._service.weight_version
         return int(known) + 1 if known.isdecimal() else 1
-
-
-def watch(
-    futures: Mapping[Future[Any], str | None],
-    *,
-    step: str,
-    timeout_s: float,
-    bucket: int | None = None,
-) -> None:
-    """Returns when all futures are done; raises at the first that failed, or in time.
-
-    Args:
-        futures: what to wait for, and the engine behind each (None is the trainer).
-        step: name for the error.
-        timeout_s: bound on all of them together.
-        bucket: index for the error.
-
-    Raises:
-        PushError: one failed; an engine's failure is preferred to the trainer's, which follows it.
-        PushTimeoutError: not all were done in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED)
-        failed = [future for future in done if future.exception() is not None]
-        if failed and all(futures[future] is None for future in failed):
-            # The trainer's end often breaks because an engine's did: its answer says why.
-            late, pending = wait(pending, SLOWEST_FIRST_HTTP_ERROR_S)
-            failed = [future for future in late if future.exception() is not None] or failed
-        if failed:
-            first = min(failed, key=lambda future: futures[future] is None)
-            raise _push_error(first.exception(), step, futures[first], bucket)
-        if not done:
-            late_engine = next(futures[future] for future in pending)
-            raise PushTimeoutError(
-                f"no answer within {timeout_s:g} s", step=step, engine=late_engine, bucket=bucket
-            )
-
-
-def _push_error(
-    error: BaseException | None, step: str, engine: str | None, bucket: int | None
-) -> PushError:
-    kind = PushTimeoutError if isinstance(error, TimeoutError) else PushError
-    said = str(error) if isinstance(error, SGLangError) else f"{type(error).__name__}: {error}"
-    made = kind(said, step=step, engine=engine, bucket=bucket)
-    made.__cause__ = error
-    return made

@@ -10,7 +10,7 @@ from torch import nn
 from ..client import ControlClient
 from ..config import WeightSyncConfig
 from ..errors import PushError, ServiceError, VerificationError
-from ..protocol import WorkerInfo
+from ..info import WorkerInfo
 from .checksum import can_check, mismatches
 from .probe import parse_probe, probe_body, probe_ids, reference_log_probs
 from .source import shown

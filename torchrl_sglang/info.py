@@ -1,0 +1,130 @@
+"""What servers and routers say of themselves. Needs only the standard library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConnectError, PromptTooLongError
+from .protocol import INITIAL_VERSION, GenerateRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a server can do, read from its list of routes rather than from its version.
+
+    Attributes:
+        update_session: updates go between ``begin_weight_update`` and ``end_weight_update``.
+        checksum: the server hashes its own weights.
+        cache_salt: requests take an ``extra_key`` that separates cached prefixes.
+    """
+
+    update_session: bool
+    checksum: bool
+    cache_salt: bool
+
+
+def parse_capabilities(openapi: Mapping[str, Any]) -> Capabilities:
+    """Reads a server's ``/openapi.json``."""
+    routes = set(openapi.get("paths", ()))
+    if not {"/generate", "/pause_generation"} <= routes:
+        raise ConnectError(
+            "the server has no /generate and /pause_generation: it is no SGLang server, or older "
+            "than 0.5.10."
+        )
+    schemas = openapi.get("components", {}).get("schemas", {})
+    fields = schemas.get("GenerateReqInput", {}).get("properties", {})
+    return Capabilities(
+        update_session={"/begin_weight_update", "/end_weight_update"} <= routes,
+        checksum="/weights_checker" in routes,
+        cache_salt="extra_key" in fields,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerInfo:
+    """What one server says of itself.
+
+    Attributes:
+        url: where its control routes are.
+        model_path: folder or hub name of the model, as the server knows it.
+        tokenizer_path: the same for its tokenizer.
+        model_type: the ``model_type`` of the model's config; None if the server does not say.
+        dtype: ``"auto"`` (the config's own) or a torch name such as ``"bfloat16"``.
+        device: ``"cpu"``, ``"cuda"``, ...
+        tp_size, dp_size, pp_size: its ranks.
+        dp_attention: data parallelism happens inside the TP ranks.
+        max_prompt_tokens: longest prompt that it takes; None if it does not say.
+        weight_version: version of the weights that it runs.
+        version: SGLang's version.
+        capabilities: what it can do.
+    """
+
+    url: str
+    model_path: str
+    tokenizer_path: str
+    model_type: str | None
+    dtype: str
+    device: str
+    tp_size: int
+    dp_size: int
+    pp_size: int
+    dp_attention: bool
+    max_prompt_tokens: int | None
+    weight_version: str
+    version: str
+    capabilities: Capabilities
+
+    def check_prompt_lengths(self, batch: Sequence[GenerateRequest]) -> None:
+        """Raises `PromptTooLongError` for a prompt that the server would refuse."""
+        if self.max_prompt_tokens is None:
+            return
+        for index, request in enumerate(batch):
+            num_tokens = len(request.input_ids or ())
+            if num_tokens > self.max_prompt_tokens:
+                raise PromptTooLongError(
+                    f"prompt {index} has {num_tokens} tokens; {self.model_path} takes at most "
+                    f"{self.max_prompt_tokens}. Shorten it, or serve with a longer context_length."
+                )
+
+
+def parse_worker_info(
+    url: str,
+    server_info: Mapping[str, Any],
+    model_info: Mapping[str, Any],
+    openapi: Mapping[str, Any],
+) -> WorkerInfo:
+    """Reads ``/server_info``, ``/model_info`` and ``/openapi.json`` of one server."""
+    try:
+        return WorkerInfo(
+            url=url,
+            model_path=model_info["model_path"],
+            tokenizer_path=model_info.get("tokenizer_path") or model_info["model_path"],
+            model_type=model_info.get("model_type"),
+            dtype=server_info.get("dtype", "auto"),
+            device=server_info.get("device") or "cuda",
+            tp_size=int(server_info["tp_size"]),
+            dp_size=int(server_info["dp_size"]),
+            pp_size=int(server_info.get("pp_size", 1)),
+            dp_attention=bool(server_info.get("enable_dp_attention", False)),
+            max_prompt_tokens=server_info.get("max_req_input_len"),
+            weight_version=str(model_info.get("weight_version", INITIAL_VERSION)),
+            version=str(server_info.get("version", "unknown")),
+            capabilities=parse_capabilities(openapi),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConnectError(
+            f"{url} answers, but not as an SGLang server that this library knows "
+            f"({type(error).__name__}: {error}). Supported: SGLang 0.5.10 and later."
+        ) from error
+
+
+def parse_worker_urls(answer: object) -> list[str] | None:
+    """Worker URLs from a router's ``GET /workers``; None if the answer is not a router's."""
+    workers = answer.get("workers") if isinstance(answer, Mapping) else None
+    if not isinstance(workers, list):
+        return None
+    if not all(isinstance(worker, Mapping) and "url" in worker for worker in workers):
+        return None
+    return [str(worker["url"]).rstrip("/") for worker in workers]

@@ -1,0 +1,61 @@
+"""What is served, and by whom: the part of a service that only asks its cluster."""
+
+from __future__ import annotations
+
+import abc
+
+from .attach import Cluster
+from .client import ControlClient
+from .engine import RLSGLangEngine
+from .info import WorkerInfo
+
+
+class ServedModel(RLSGLangEngine):
+    """A model behind a URL, and the servers that run it."""
+
+    @property
+    @abc.abstractmethod
+    def cluster(self) -> Cluster:
+        """What answers at the URL."""
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What the first server says of itself."""
+        return self.cluster.infos[0]
+
+    @property
+    def workers(self) -> tuple[ControlClient, ...]:
+        """A control client per server."""
+        return self.cluster.workers
+
+    @property
+    def server_url(self) -> str:
+        """URL that takes requests: the router's, or the single server's."""
+        return self.cluster.url
+
+    @property
+    def sglang_version(self) -> str:
+        """Version of SGLang that serves."""
+        return self.info.version
+
+    @property
+    def model_path(self) -> str:
+        """Folder or hub name of the model, as the servers know it."""
+        return self.info.model_path
+
+    def get_tp_size(self) -> int:
+        """Tensor-parallel ranks per server."""
+        return self.info.tp_size
+
+    def get_dp_size(self) -> int:
+        """Data-parallel ranks per server."""
+        return self.info.dp_size
+
+    def flush_cache(self) -> None:
+        """Empties the prefix cache of every server.
+
+        Raises:
+            ServiceError: a server refused; SGLang does so while requests are in flight.
+        """
+        for worker in self.workers:
+            worker.post("/flush_cache")

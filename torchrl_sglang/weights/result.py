@@ -1,0 +1,43 @@
+"""What a push did, and how long each part of it took."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushResult:
+    """What a push did, and how long each part took.
+
+    Attributes:
+        version: the version that every server now runs.
+        num_bytes: bytes broadcast.
+        num_buckets: broadcasts.
+        verified_by: ``"checksum"``, ``"probe"`` or ``"nothing"``.
+        step_s: seconds of each step, by name.
+        total_s: seconds from pause to continue, verification included.
+    """
+
+    version: int
+    num_bytes: int
+    num_buckets: int
+    verified_by: str
+    step_s: Mapping[str, float]
+    total_s: float
+
+
+@dataclass
+class StepTimer:
+    """Seconds of each step, added up by name."""
+
+    step_s: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def measure(self, step: str) -> Iterator[None]:
+        """Times the block and adds it to ``step``; a step that raises is not counted."""
+        start = time.perf_counter()
+        yield
+        self.step_s[step] = self.step_s.get(step, 0.0) + time.perf_counter() - start
