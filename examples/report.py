@@ -37,12 +37,16 @@ class TrainingLog:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that a run leaves behind. Held-out rewards are those of questions not trained on."""
+    """All that a run leaves behind.
+
+    ``held_out_*``: mean rewards of questions that were never trained on. ``log_prob_errors``: after
+    the last push, the server's log-probs against the trainer's, one per sampled token.
+    """
 
     log: TrainingLog
     held_out_before: float
     held_out_after: float
-    max_log_prob_error: float
+    log_prob_errors: list[float]
     samples_before: list[Sample]
     samples_after: list[Sample]
     sglang_version: str
@@ -63,7 +67,8 @@ class Report:
             "train_s": log.train_s,
             "tokens_per_s": sum(log.num_tokens) / sum(log.rollout_s),
             "push_s_median": median(log.push_s),
-            "max_logprob_error": self.max_log_prob_error,
+            "max_logprob_error": max(self.log_prob_errors),
+            "mean_logprob_error": fmean(self.log_prob_errors),
             "sglang_version": self.sglang_version,
             "router_version": self.router_version,
             "device": self.device,
@@ -83,12 +88,13 @@ def write_report(report: Report, folder: Path) -> str:
 
 
 def summarise(metrics: dict[str, Any], folder: Path) -> str:
-    """Five lines for the terminal."""
+    """A few lines for the terminal."""
     return """
 reward      {reward_first:.2f} -> {reward_last:.2f}   (first and last 5 of {num_iterations} batches)
 held out    {held_out_before:.2f} -> {held_out_after:.2f}   (questions never trained on)
 training    {train_s:.0f} s, {tokens_per_s:.0f} sampled tokens/s
-weights     {num_pushes} pushes of {push_ms:.0f} ms; log-probs then within {max_logprob_error:.4f}
+weights     {num_pushes} pushes of {push_ms:.0f} ms each
+log-probs   server and trainer differ by {mean_logprob_error:.4f}, at most {max_logprob_error:.4f}
 engine      SGLang {sglang_version}, sglang-router {router_version}, {device}
 files       {folder}/metrics.json, reward.png, rollouts.txt""".format(
         **metrics, push_ms=1000 * metrics["push_s_median"], folder=folder

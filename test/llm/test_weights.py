@@ -399,6 +399,29 @@ def test_a_port_that_is_taken(service: AsyncSGLang) -> None:
         scheme.connect()
 
 
+EXIT_WITHOUT_CLOSE = """
+import pickle, sys, time
+from torchrl_sglang import SGLangWeightSyncScheme
+service = pickle.loads(bytes.fromhex(sys.argv[1]))
+scheme = SGLangWeightSyncScheme(service)
+scheme.init_on_sender()
+scheme.connect()
+if sys.argv[2] == "collected":
+    del scheme
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "collected"])
+def test_a_trainer_that_closes_nothing_ends_all_the_same(
+    service: AsyncSGLang, model: Any, connected: Connect, end: str
+) -> None:
+    command = [sys.executable, "-c", EXIT_WITHOUT_CLOSE, pickle.dumps(service).hex(), end]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    connected().send(model)  # the servers are there for the next trainer
+
+
 def test_wrong_arguments(service: AsyncSGLang) -> None:
     with pytest.raises(ConfigError, match="exactly one"):
         SGLangWeightSyncScheme()

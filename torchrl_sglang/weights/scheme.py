@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -184,6 +185,16 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         self.synchronized_on_sender = False
 
     shutdown = close
+
+    def __del__(self) -> None:
+        """Lets go of the group without a word to the servers: a collector of garbage can't wait.
+
+        TorchRL's own calls ``shutdown``, which at the interpreter's exit would start threads that
+        never run.
+        """
+        pusher = getattr(self, "pusher", None)
+        if pusher is not None and not sys.is_finalizing():
+            pusher.abandon()
 
 
 class SGLangTransport:

@@ -105,6 +105,11 @@ class WeightPusher:
         with contextlib.suppress(PushError):  # a server that is gone has left already
             watch(ends, step="close", timeout_s=self._service.timeouts.control_s)
 
+    def abandon(self) -> None:
+        """Leaves the group without waiting for anybody, servers included."""
+        self._connected = False
+        self._drop_group()
+
     def _drop_group(self) -> None:
         """After a failure the group can't be trusted: the next push makes a new one."""
         group, self._group = self._group, None
