@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,8 @@ from transformers.utils.logging import disable_progress_bar
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, SGLangWrapper
 
 DEVICE = "cpu"
+# Of the trainer and of the server. With so small a model more of them mostly wait for each other.
+NUM_THREADS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,13 +235,19 @@ def run(model_path: Path, *, num_iterations: int, seed: int) -> Report:
     )
     held_out = make_questions(HELD_OUT_PHRASES)
     held_out_env = make_env(held_out, tokenizer, num_prompts=len(held_out), repeats=4)
-    with AsyncSGLang.from_pretrained(
-        str(model_path), device=DEVICE, random_seed=seed, enable_fp32_lm_head=True
-    ) as service:
+    with (
+        AsyncSGLang.from_pretrained(
+            str(model_path),
+            device=DEVICE,
+            random_seed=seed,
+            enable_fp32_lm_head=True,
+            server_env={"OMP_NUM_THREADS": str(NUM_THREADS)},
+        ) as service,
+        closing(SGLangWeightSyncScheme(service)) as scheme,
+    ):
         policy = SGLangWrapper(
             service, input_mode="history", generate_kwargs={"max_new_tokens": NUM_TOKENS}
         )
-        scheme = SGLangWeightSyncScheme(service)
         collector = LLMCollector(
             env,
             policy=policy,
@@ -272,10 +280,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a model; a tiny one by default")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="for the results")
     args = parser.parse_args()
-    # Threads of so small a model wait for each other more than they compute. The server inherits
-    # the variable; this process has read it already.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(NUM_THREADS)
     disable_progress_bar()
     # TorchRL's own: LLMCollector takes nothing else yet.
     warnings.filterwarnings("ignore", message="Using WeightUpdaterBase", category=Warning)

@@ -184,6 +184,7 @@ def test_a_rank_that_dies_ends_the_broadcast(ranks: list[Rank]) -> None:
 def test_leaving_without_a_broadcast(ranks: list[Rank], broken: bool) -> None:
     group = join(f"idle-{broken}", ranks[:1])
     group.close(broken=broken)
+    group.close(broken=broken)
     until(lambda: our_threads() == [])
 
 

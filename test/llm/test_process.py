@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 
 import torchrl_sglang
+from torchrl_sglang import RouterConfig, ServerConfig, Timeouts
 from torchrl_sglang.errors import LaunchError, ProcessDiedError, StartTimeoutError
+from torchrl_sglang.launch.fleet import Fleet, FleetPlan
 from torchrl_sglang.launch.process import GUARD, ChildProcess, installed_version, redacted
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
@@ -401,6 +403,33 @@ print(child.exit_code, flush=True)
         guard_pid(process)
         output, _ = process.communicate(timeout=20.0)
     assert output.split() == ["None", "-15"]
+
+
+# A fleet that never gets ready
+
+
+def test_ctrl_c_while_a_fleet_starts_ends_it_at_once(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # has every distribution, and runs every server for ever
+    python.write_text("#!/bin/sh\n[ $1 = -c ] && echo 1.0 || exec sleep 600\n")
+    python.chmod(0o755)
+    plan = FleetPlan(
+        servers=(ServerConfig(model_path="m", device="cpu"),) * 2,
+        router=RouterConfig(),
+        python=str(python),
+        log_dir=tmp_path / "logs",
+        timeouts=Timeouts(start_s=10.0, stop_s=2.0),
+    )
+    mark = f"TORCHRL_SGLANG_TEST={os.environ['TORCHRL_SGLANG_TEST']}"
+
+    def interrupt() -> None:
+        until(lambda: len(marked(mark)) == 4)  # two servers and their guards
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Fleet(plan, server_ready=lambda url: False, router_ready=lambda url: False)
+    assert time.monotonic() - begun < 5.0
 
 
 # The guard
