@@ -122,7 +122,7 @@ def plot_rewards(report: Report, path: Path) -> None:
     ends: Sequence[int] = (0, len(rewards))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(range(1, len(rewards) + 1), rewards, label="training batches")
+    axes.plot(range(len(rewards)), rewards, label="training batches")
     axes.plot(ends, (report.held_out_before, report.held_out_after), "o", label="held-out prompts")
     axes.set(xlabel="weight pushes", ylabel="mean reward", ylim=(0, 1))
     axes.grid(alpha=0.3)

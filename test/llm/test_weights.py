@@ -187,20 +187,22 @@ def test_requests_in_flight_when_a_push_comes(
 ) -> None:
     """They go on under the new weights, and every token says which weights sampled it."""
     scheme = connected()
-    long = {"max_new_tokens": 400, "ignore_eos": True}
+    long = {"max_new_tokens": 1200, "ignore_eos": True}
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.extend(service.generate(PROMPTS, long)))
+    thread = threading.Thread(target=lambda: results.extend(service.generate(PROMPTS[:4], long)))
     thread.start()
-    deadline = time.monotonic() + 20.0
-    while time.monotonic() < deadline:
-        loads = service.workers[0].get("/v1/loads")["loads"]
-        if loads[0]["num_running_reqs"] == len(PROMPTS):
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:  # the server's own count lags behind by some steps
+        if service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"]:
             break
     scheme.send(perturb(model, seed=8))
-    thread.join(60.0)
-    assert len(results) == len(PROMPTS)
-    assert all(len(completion.output_ids) == 400 for completion in results)
-    assert any(len(completion.version_spans) == 2 for completion in results)
+    thread.join(120.0)
+    assert len(results) == 4
+    assert all(len(completion.output_ids) == 1200 for completion in results)
+    for completion in results:
+        versions = [span.version for span in completion.version_spans]
+        assert len(versions) == 2
+        assert versions[1] == str(scheme.last_push.version)  # type: ignore[union-attr]
 
 
 SECOND_PROCESS = """
