@@ -72,9 +72,7 @@ class Fleet:
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self.router_version = self._check_installed()
         try:
-            with ThreadPoolExecutor(len(plan.servers)) as pool:
-                starts = [pool.submit(self._start_server, i, server_ready) for i in self._indices]
-                self.server_urls = [start.result() for start in _fail_fast(starts, self.stop)]
+            self.server_urls = self._start_servers(server_ready)
             self.router_url = self._start_router(router_ready)
         except BaseException:
             self.stop()
@@ -99,6 +97,15 @@ class Fleet:
                     "AsyncSGLang.connect(url)."
                 )
         return str(versions["sglang-router"])
+
+    def _start_servers(self, is_ready: ReadyCheck) -> list[str]:
+        with ThreadPoolExecutor(len(self._plan.servers)) as pool:
+            try:
+                starts = [pool.submit(self._start_server, i, is_ready) for i in self._indices]
+                return [start.result() for start in _fail_fast(starts, self.stop)]
+            except BaseException:
+                self.stop()  # before the pool waits for threads that wait for their servers
+                raise
 
     def _start_server(self, index: int, is_ready: ReadyCheck) -> str:
         config = self._plan.servers[index]
