@@ -280,6 +280,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a model; a tiny one by default")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="for the results")
     args = parser.parse_args()
+    if args.iterations < 1:
+        parser.error("--iterations must be at least 1")
     torch.set_num_threads(NUM_THREADS)
     disable_progress_bar()
     # TorchRL's own: LLMCollector takes nothing else yet.

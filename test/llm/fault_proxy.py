@@ -11,6 +11,8 @@ from typing import Any, Self
 import aiohttp
 from aiohttp import web
 
+BASE_PATH = "/some/base"  # the server is found here too, as behind an ingress
+
 Garble = Callable[[bytes], bytes]
 
 
@@ -96,8 +98,9 @@ class FaultProxy:
                 status=fault.status, text=fault.body, content_type="application/json"
             )
         headers = {k: v for k, v in request.headers.items() if k.lower() != "host"}
+        path = request.path_qs.removeprefix(BASE_PATH)
         async with self._session.request(
-            request.method, self.target + request.path_qs, data=body, headers=headers
+            request.method, self.target + path, data=body, headers=headers
         ) as answer:
             content = await answer.read()
             if fault.garble is not None:

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, FaultProxy
+from fault_proxy import BASE_PATH, Fault, FaultProxy
 from servers import worst_error
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, Timeouts
@@ -165,6 +165,19 @@ def test_connect_to_a_single_server(service: AsyncSGLang, ending: str, timeouts:
         assert external.generate([5, 6], {"max_new_tokens": 2}).output_ids
     # It owned nothing: the server is still there.
     assert service.generate([5, 6], {"max_new_tokens": 2}).output_ids
+
+
+def test_connect_under_a_base_path(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
+    keys = proxied._keys
+    proxy.seen.clear()
+    with AsyncSGLang.connect(
+        f"{proxy.url}{BASE_PATH}/", api_key=keys.api_key, admin_api_key=keys.admin_api_key
+    ) as external:
+        assert external.generate([5, 6], {"max_new_tokens": 2}).output_ids
+        external.flush_cache()
+    paths = {path for path, _ in proxy.seen}
+    assert paths >= {f"{BASE_PATH}/generate", f"{BASE_PATH}/flush_cache"}
+    assert all(path.startswith(BASE_PATH) for path in paths)
 
 
 def test_connect_to_the_router(service: AsyncSGLang) -> None:

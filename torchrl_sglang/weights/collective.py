@@ -158,9 +158,9 @@ class TrainerGroup:
         """Ends a group that others may never have joined, from a thread that may be left behind.
 
         An abort while the broadcast's thread waits would leave that thread waiting for good. And
-        Gloo's destructor waits for a broadcast that is still under way, and holds the interpreter's
-        lock while it does: nobody may drop the last reference before the broadcast has run into its
-        own time-out. A group that outlives even that is never dropped.
+        Gloo's destructor waits for a broadcast that is still under way, and was seen to stall other
+        threads while it does: nobody may drop the last reference before the broadcast has run into
+        its own time-out. A group that outlives even that is never dropped.
         """
         if self._sent is not None:
             wait([self._sent], 5 * LEAVE_S)
