@@ -221,7 +221,8 @@ def test_even_gpus_leave_the_view_alone() -> None:
 )
 def test_environment(device: str, base: dict[str, str], expected: dict[str, str]) -> None:
     before = dict(base)
-    assert server_env(server(device=device), base) == expected
+    kept = {"SGLANG_TIMEOUT_KEEP_ALIVE": "3600"}
+    assert server_env(server(device=device), base) == {**kept, **expected}
     assert base == before
 
 
@@ -244,9 +245,10 @@ def test_threads_of_a_cpu_server(
 
 
 def test_the_users_variables_win() -> None:
-    config = server(env={"NCCL_CUMEM_ENABLE": "0", "MINE": "1"})
+    mine = {"NCCL_CUMEM_ENABLE": "0", "MINE": "1", "SGLANG_TIMEOUT_KEEP_ALIVE": "9"}
+    config = server(env=mine)
     env = server_env(config, {"NCCL_CUMEM_ENABLE": "1", "OTHER": "2"})
-    assert env == {"NCCL_CUMEM_ENABLE": "0", "MINE": "1", "OTHER": "2"}
+    assert env == {**mine, "OTHER": "2"}
 
 
 @pytest.mark.parametrize(

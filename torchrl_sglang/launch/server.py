@@ -13,6 +13,8 @@ from ..errors import ConfigError
 
 CPU_SERVE = Path(__file__).parent.parent / "cpu" / "serve.py"
 
+KEEP_ALIVE_S = "3600"
+
 # SGLang serves a dense text model on CPU with these; ``sleep_on_idle`` gives the core back.
 CPU_DEFAULTS: dict[str, Any] = {
     "attention_backend": "torch_native",
@@ -125,6 +127,9 @@ def server_env(config: ServerConfig, base: Mapping[str, str]) -> dict[str, str]:
         base: the environment to start from, usually this process's own.
     """
     env = dict(base)
+    # SGLang closes idle connections after 5 s. A training step often takes that long, and then the
+    # router sends the next batch into connections that are closing, and opens its circuit for 60 s.
+    env.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", KEEP_ALIVE_S)
     if config.device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
         if config.cpu_threads is not None:
