@@ -1,10 +1,12 @@
 """SGLang as the rollout engine of a TorchRL training loop."""
 
+from .completions import Completion, VersionSpan
 from .config import RouterConfig, ServerConfig, Timeouts, WeightSyncConfig
 from .engine import RLSGLangEngine
 from .gate import ServiceState
-from .policy import BehaviourLogProbWarning, SGLangWrapper
-from .protocol import Completion, GenerateRequest, VersionSpan
+from .policy import SGLangWrapper
+from .protocol import GenerateRequest
+from .rollout.row_requests import BehaviourLogProbWarning
 from .sampling import SamplingParams
 from .service import AsyncSGLang, make_sglang_server
 from .weights.result import PushResult

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any, Generic, TypeVar
 
 from .errors import ServiceClosedError
@@ -38,11 +38,7 @@ class BackgroundLoop:
             raise RuntimeError("a blocking call from the event loop's own thread would never end.")
         call = _Call(coroutine)
         try:
-            with self._lock:
-                if self._closing:
-                    raise ServiceClosedError("the service was shut down.")
-                future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
-            return future.result()
+            return self.submit(call.run()).result()
         except CancelledError:
             raise ServiceClosedError(
                 "the service was shut down while this call was waiting."
@@ -50,6 +46,18 @@ class BackgroundLoop:
         except BaseException:
             self._abandon(call)
             raise
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Starts a coroutine; cancelling the future cancels it.
+
+        Raises:
+            ServiceClosedError: the loop was closed.
+        """
+        with self._lock:
+            if self._closing:
+                coroutine.close()
+                raise ServiceClosedError("the service was shut down.")
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def _abandon(self, call: _Call[Any]) -> None:
         with self._lock:

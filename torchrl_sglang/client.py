@@ -1,18 +1,13 @@
-"""The only module that speaks HTTP: one client for generation, one per server for control."""
+"""Control and info requests over HTTP: one client per server. Generation is in `data_client`."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import resource
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
-import orjson
 import requests
 
 from .config import Timeouts
@@ -24,11 +19,6 @@ from .errors import (
     ServerFailedError,
     ServiceError,
 )
-from .protocol import Completion, GenerateRequest, parse_completion
-
-# Generation is retried on a broken connection and on 5xx, never on 4xx.
-ATTEMPTS = 4
-FIRST_BACKOFF_S = 0.2
 
 # Routes that a server with an admin key gives only to that key.
 ADMIN_ROUTES = (
@@ -42,9 +32,9 @@ ADMIN_ROUTES = (
     "/destroy_weights_update_group",
     "/weights_checker",
     "/abort_request",
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
 )
-
-DESCRIPTORS_KEPT_FREE = 256
 
 
 def normalise_url(url: str) -> str:
@@ -61,11 +51,12 @@ def normalise_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _bearer(key: str | None) -> dict[str, str]:
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that carries a key."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _refusal(method: str, url: str, status: int, body: str) -> ServiceError:
+def refusal(method: str, url: str, status: int, body: str) -> ServiceError:
     """The error for an HTTP status of 400 and above."""
     said = _server_message(body)
     message = f"{method} {url} answered {status}: {said}"
@@ -148,7 +139,7 @@ class ControlClient:
                 method,
                 url,
                 json=body,
-                headers=_bearer(key),
+                headers=bearer(key),
                 timeout=(min(timeout_s, self._timeouts.connect_s), timeout_s),
             )
         except requests.Timeout as error:
@@ -160,7 +151,7 @@ class ControlClient:
         except requests.RequestException as error:
             raise ServerFailedError(f"{method} {url} failed: {error}") from error
         if response.status_code >= 400:
-            raise _refusal(method, url, response.status_code, response.text)
+            raise refusal(method, url, response.status_code, response.text)
         try:
             return response.json()
         except ValueError:
@@ -186,103 +177,3 @@ def _connection_error(method: str, url: str, error: Exception) -> ServiceError:
     if "NewConnectionError" in repr(error) or "refused" in str(error):
         return ConnectError(f"nothing answers at {url}: is the server running there? ({error})")
     return ServerFailedError(f"{method} {url}: the connection broke: {error}")
-
-
-class DataClient:
-    """Generation requests, all at once over one pool of connections. Lives on one event loop.
-
-    Args:
-        url: router or server.
-        api_key: its key.
-        timeouts: bounds on waiting.
-    """
-
-    def __init__(self, url: str, *, api_key: str | None, timeouts: Timeouts) -> None:
-        self._url = normalise_url(url) + "/generate"
-        self._headers = {**_bearer(api_key), "Content-Type": "application/json"}
-        self._timeouts = timeouts
-        self._session: aiohttp.ClientSession | None = None
-
-    async def generate_all(
-        self, batch: Sequence[GenerateRequest], cache_salt: str | None
-    ) -> list[Completion]:
-        """Completions in the order of the requests.
-
-        Raises:
-            RequestTimeoutError: not all answered within ``Timeouts.request_s``.
-            ServiceError: the first request that failed, with a note on which prompt it was; the
-                others are cancelled, which aborts them on the server.
-        """
-        try:
-            async with asyncio.timeout(self._timeouts.request_s), asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._generate(request, cache_salt, index))
-                    for index, request in enumerate(batch)
-                ]
-        except TimeoutError as error:
-            raise RequestTimeoutError(
-                f"POST {self._url}: not all of {len(batch)} prompts were answered within "
-                f"{self._timeouts.request_s:g} s (Timeouts.request_s)."
-            ) from error
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _generate(
-        self, request: GenerateRequest, cache_salt: str | None, index: int
-    ) -> Completion:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return await self._post(request, cache_salt)
-            except ServiceError as error:
-                if attempt == ATTEMPTS or not isinstance(error, ServerFailedError | ConnectError):
-                    error.add_note(f"prompt {index} of the batch, attempt {attempt}")
-                    raise
-            await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (attempt - 1))
-            request = replace(request, rid=f"{request.rid[:32]}-{attempt}")
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    async def _post(self, request: GenerateRequest, cache_salt: str | None) -> Completion:
-        body = orjson.dumps(request.body(cache_salt))
-        try:
-            async with self._pool().post(self._url, data=body) as response:
-                answer = await response.read()
-        except aiohttp.ClientConnectorError as error:
-            raise ConnectError(f"nothing answers at {self._url}: {error}") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise ServerFailedError(
-                f"POST {self._url}: the connection broke: {type(error).__name__}: {error}"
-            ) from error
-        if response.status >= 400:
-            raise _refusal("POST", self._url, response.status, answer.decode(errors="replace"))
-        try:
-            parsed = orjson.loads(answer)
-        except orjson.JSONDecodeError as error:
-            raise ServerFailedError(
-                f"POST {self._url}: the answer is no JSON: {answer[:200]!r}"
-            ) from error
-        return parse_completion(parsed, request)
-
-    def _pool(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            limit = _max_connections()
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeouts.connect_s)
-            connector = aiohttp.TCPConnector(limit=limit, limit_per_host=limit)
-            self._session = aiohttp.ClientSession(
-                connector=connector, timeout=timeout, headers=self._headers
-            )
-        return self._session
-
-    async def close(self) -> None:
-        """Closes the pool."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-
-
-def _max_connections() -> int:
-    """As many connections as the process may have files open, less some for everything else."""
-    soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if soft_limit == resource.RLIM_INFINITY:
-        return 0  # aiohttp: no limit
-    return max(64, soft_limit - DESCRIPTORS_KEPT_FREE)

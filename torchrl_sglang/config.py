@@ -135,6 +135,7 @@ class Timeouts:
         connect_s: opening a connection, and info requests while attaching.
         control_s: one control request (pause, flush, begin, end, version, continue).
         request_s: one ``generate`` call, retries included.
+        retry_s: how long a request that met a broken connection or a 5xx answer is tried again.
         group_s: the collective's rendezvous, and the first broadcast after it.
         transfer_s: one bucket, from its announcement until the servers have loaded it.
     """
@@ -144,6 +145,7 @@ class Timeouts:
     connect_s: float = 10.0
     control_s: float = 30.0
     request_s: float = 1800.0
+    retry_s: float = 30.0
     group_s: float = 60.0
     transfer_s: float = 300.0
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from .completions import INITIAL_VERSION
 from .errors import ConnectError, PromptTooLongError
-from .protocol import INITIAL_VERSION, GenerateRequest
+from .features import Features, parse_features
+from .protocol import GenerateRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +35,17 @@ def parse_capabilities(openapi: Mapping[str, Any]) -> Capabilities:
             "the server has no /generate and /pause_generation: it is no SGLang server, or older "
             "than 0.5.10."
         )
-    schemas = openapi.get("components", {}).get("schemas", {})
-    fields = schemas.get("GenerateReqInput", {}).get("properties", {})
     return Capabilities(
         update_session={"/begin_weight_update", "/end_weight_update"} <= routes,
         checksum="/weights_checker" in routes,
-        cache_salt="extra_key" in fields,
+        cache_salt="extra_key" in request_fields(openapi),
     )
+
+
+def request_fields(openapi: Mapping[str, Any]) -> frozenset[str]:
+    """Fields of a request to ``/generate``, read from a server's ``/openapi.json``."""
+    schemas = openapi.get("components", {}).get("schemas", {})
+    return frozenset(schemas.get("GenerateReqInput", {}).get("properties", {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,8 @@ class WorkerInfo:
         max_prompt_tokens: longest prompt that it takes; None if it does not say.
         weight_version: version of the weights that it runs.
         version: SGLang's version.
-        capabilities: what it can do.
+        capabilities: what it can do for weight updates.
+        features: what it can do for generation.
     """
 
     url: str
@@ -75,6 +82,7 @@ class WorkerInfo:
     weight_version: str
     version: str
     capabilities: Capabilities
+    features: Features = field(default_factory=Features)
 
     def check_prompt_lengths(self, batch: Sequence[GenerateRequest]) -> None:
         """Raises `PromptTooLongError` for a prompt that the server would refuse."""
@@ -112,6 +120,12 @@ def parse_worker_info(
             weight_version=str(model_info.get("weight_version", INITIAL_VERSION)),
             version=str(server_info.get("version", "unknown")),
             capabilities=parse_capabilities(openapi),
+            features=parse_features(
+                server_info,
+                model_info,
+                fields=request_fields(openapi),
+                routes=frozenset(openapi.get("paths", ())),
+            ),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConnectError(

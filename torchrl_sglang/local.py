@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 
 from .attach import Cluster, Credentials, attach
 from .background import BackgroundLoop
-from .client import DataClient
 from .config import Timeouts
+from .data_client import DataClient
 from .errors import ServiceClosedError
 from .gate import UpdateGate
 from .launch.fleet import Fleet
-from .protocol import Completion, GenerateRequest
+from .sessions import Sessions
 
 
 class LocalResources:
@@ -25,6 +24,7 @@ class LocalResources:
         fleet: the children, if this process started them.
         pushed_version: the version that this process pushed last.
         cluster: what answers at the URL, once it was asked.
+        sessions: that this process opened.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,7 @@ class LocalResources:
         self.fleet: Fleet | None = None
         self.pushed_version: int | None = None
         self.cluster: Cluster | None = None
+        self.sessions = Sessions()
         self._pid = os.getpid()
         self._loop: BackgroundLoop | None = None
         self._data: DataClient | None = None
@@ -50,30 +51,24 @@ class LocalResources:
                 self.cluster = attach(url, keys, timeouts)
             return self.cluster
 
-    def generate_all(
-        self,
-        batch: Sequence[GenerateRequest],
-        cache_salt: str | None,
-        *,
-        url: str,
-        api_key: str | None,
-        timeouts: Timeouts,
-    ) -> list[Completion]:
-        """Sends a batch over the connection pool, which the first call makes."""
+    def data_plane(
+        self, url: str, api_key: str | None, timeouts: Timeouts
+    ) -> tuple[BackgroundLoop, DataClient]:
+        """The event loop and the connection pool on it, which the first call makes."""
         with self.lock:
             if self._closed:
                 raise ServiceClosedError("the service was shut down.")
             if self._loop is None or self._data is None:
                 self._loop = BackgroundLoop("torchrl_sglang")
                 self._data = DataClient(url, api_key=api_key, timeouts=timeouts)
-            loop, data = self._loop, self._data
-        return loop.run(data.generate_all(batch, cache_salt))
+            return self._loop, self._data
 
     def close(self) -> None:
         """Ends threads and children; harmless twice and in a forked copy."""
         if self.foreign:
             return
         self.gate.close()
+        self.sessions.close()
         with self.lock:
             loop, data, fleet = self._loop, self._data, self.fleet
             self._loop = self._data = self.fleet = None

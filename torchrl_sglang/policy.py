@@ -2,67 +2,72 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase, lazy_stack, set_list_to_stack
+from tensordict import NestedKey, TensorDictBase, set_list_to_stack
 from torchrl.modules.llm.policies.common import LLMWrapperBase
 
-from .errors import ConfigError, EmptyBatchError, TokenizerError, UnsupportedOptionError
-from .outputs import OutputSpec, build_outputs
-from .prompts import (
-    Prompts,
-    PromptSpec,
-    check_mode,
-    default_tokenizer_kwargs,
-    load_tokenizer,
-    read_prompts,
-)
-from .protocol import GenerateRequest
+from .completions import Completion
+from .errors import ServiceError
+from .protocol import GenerateRequest, LogitProcessor
+from .rollout.call import Call, shared_batcher
+from .rollout.resumed import ResumedCall
+from .rollout.setup import settle
 from .sampling import SamplingParams
 from .service import AsyncSGLang
 
 
-class BehaviourLogProbWarning(UserWarning):
-    """The reported log-probs are not those of the distribution that was sampled from."""
-
-
 class SGLangWrapper(LLMWrapperBase):
-    """A TorchRL policy that samples from an `AsyncSGLang`.
+    """A TorchRL policy that samples from an `AsyncSGLang`, or scores with it.
 
     Takes a TensorDict of 0, 1 or more batch dimensions with history, text or tokens, and writes
     `Text`, `Tokens`, `Masks`, `LogProbs` and, in history mode, `ChatHistory`, laid out as
     TorchRL's `TransformersWrapper` does. Prompts are tokenised once and sent as ids; all prompts of
     a call are in flight at once. Log-probs are float32, after temperature and penalties, and NaN
-    at prompt positions. ``masks.all_assistant_mask`` marks exactly the sampled tokens.
+    at prompt positions. ``masks.all_assistant_mask`` marks exactly the sampled tokens. In history
+    and text mode, a prompt that goes on from an earlier turn begins with that turn's very tokens.
 
     Args:
         service: the rollout service, or the URL of a router or server.
         tokenizer: Hugging Face tokenizer, or a folder or hub name; the served model's by default.
         input_mode: ``"history"``, ``"text"`` or ``"tokens"``.
-        input_key: where the prompts are; by default ``(input_mode, "prompt")``.
+        input_key: where the prompts are; by default ``(input_mode, "prompt")``, or ``"full"``
+            without ``generate``.
         attention_mask_key: mask of padded token prompts; without one, pads at the ends are dropped.
-        generate: must be True for now.
+        generate: False scores what is there: log-probs at temperature 1, no token is generated.
         generate_kwargs: sampling options, see `SamplingParams`; ``max_new_tokens`` is 128 unless
             given.
         tokenizer_kwargs: options for tokenising in text mode.
         pad_output: pad prompts on the left and responses on the right, instead of ragged rows.
         inplace: True writes into the input, False returns the outputs alone, ``"empty"`` an empty
-            copy of the input with the outputs.
+            copy of the input with the outputs. With ``num_samples``: False.
         device: device of the outputs; the input's by default.
         layout: only ``torch.strided`` (the default).
-        num_samples: must be None for now.
+        num_samples: completions per prompt, in a last batch dimension of their own.
         chat_template_name: name of one of TorchRL's templates, for history mode.
         chat_template: a template, for history mode; the tokenizer's own by default.
         return_log_probs: whether to return log-probs (default True).
         history_key, text_key, tokens_key, masks_key, log_probs_key: output keys; None leaves that
             output out.
-        batching, min_batch_size, max_batch_size: must be unset for now.
-        batching_timeout: used with ``batching`` only.
+        batching: calls of several threads share requests; ``min_batch_size`` rows are sent at once,
+            fewer after ``batching_timeout`` seconds, at most ``max_batch_size`` together.
         prefer_tokens: in history mode, send ``(tokens_key, "prompt")`` where it is there.
         pad_model_input: must be None; nothing is padded on its way to SGLang.
+        log_probs_mode: ``"reported"``: as SGLang reports them, without top-k, top-p and min-p, and
+            raw at temperature 0. ``"corrected"``: of the distribution that was sampled from.
+            ``"strict"``: settings for which the two differ are refused. By default reported, with
+            a `BehaviourLogProbWarning` where they differ.
+        processor: a change to the logits for every row, see `allowed_tokens` and its like.
+        lora: name of a loaded LoRA adapter for every row.
+        sampling_key: a TensorDict of the input with options per row: sampling options,
+            ``action_mask``, ``lora``, ``session``.
+        partial_rollouts: aborted rows come back with what they had and ``finish_reason`` "abort";
+            `resume` goes on with them. Otherwise they raise `RequestAbortedError`.
+        rollout_key: where ``finish_reason`` and ``weight_version`` per row, ``policy_version`` per
+            token ``[P + R]`` (-1 in prompts), and extras go; None leaves them out.
+        extras: what else comes back: names, or ``{"top_log_probs": 5}``.
 
     Raises:
         UnsupportedOptionError: an unknown sampling option, or one that can't be served.
@@ -100,78 +105,42 @@ class SGLangWrapper(LLMWrapperBase):
         max_batch_size: int | None = None,
         batching_timeout: float = 10.0,
         prefer_tokens: bool = False,
+        log_probs_mode: Literal["reported", "corrected", "strict"] | None = None,
+        processor: LogitProcessor | None = None,
+        lora: str | None = None,
+        sampling_key: NestedKey | None = "sampling",
+        partial_rollouts: bool = False,
+        rollout_key: NestedKey | None = "rollout",
+        extras: Sequence[str] | Mapping[str, Any] = (),
     ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ("self", "service", "__class__")}
         super().__init__()
-        _refuse(
-            generate=(generate is not True, "scoring is not available yet"),
-            num_samples=(num_samples is not None, "repeat the prompts in the batch instead"),
-            batching=(bool(batching), "rows of one call are in flight together already"),
-            min_batch_size=(min_batch_size is not None, "it belongs to batching"),
-            max_batch_size=(max_batch_size is not None, "it belongs to batching"),
-            pad_model_input=(pad_model_input is not None, "SGLang takes ragged prompts"),
-            layout=(layout not in (None, torch.strided), "only torch.strided is made"),
-        )
-        mode = check_mode(input_mode)
-        if inplace not in (None, True, False, "empty"):
-            raise ConfigError(f"inplace must be True, False or 'empty', got {inplace!r}.")
-        if not isinstance(pad_output, bool):
-            raise ConfigError(f"pad_output must be True or False, got {pad_output!r}.")
-        if chat_template is not None and chat_template_name is not None:
-            raise ConfigError("chat_template and chat_template_name are both given: leave one out.")
         self.service = AsyncSGLang.connect(service) if isinstance(service, str) else service
-        self.input_mode = mode
-        self.generate = True
-        self.pad_output = pad_output
-        self.inplace = True if inplace is None else inplace
-        self.num_samples = None
-        self.layout = layout
-        self.prefer_tokens = prefer_tokens
-        self.return_log_probs = return_log_probs is not False
-        self.sampling = SamplingParams.from_kwargs(generate_kwargs)
-        self.tokenizer = load_tokenizer(tokenizer, self.service.info.tokenizer_path, mode)
+        self._given = given
+        self._settled = settled = settle(given, self.service.info.tokenizer_path)
         self._device = torch.device(device) if device is not None else None
-        self._min_batch_size = self._max_batch_size = None
-        self._batching_timeout = batching_timeout
-        self.input_key = input_key if input_key is not None else (mode, "prompt")
-        self.in_keys = [self.input_key]
-        self._prompt_spec = PromptSpec(
-            mode=mode,
-            input_key=self.input_key,
-            attention_mask_key=attention_mask_key,
-            masks_key=masks_key,
-            tokens_key=tokens_key,
-            prefer_tokens=prefer_tokens,
-            tokenizer=self.tokenizer,
-            tokenizer_kwargs=default_tokenizer_kwargs(tokenizer_kwargs),
-            template=_template(mode, self.tokenizer, chat_template, chat_template_name),
+        # What TorchRL reads of its own wrappers.
+        self.input_mode, self.generate, self.inplace = (
+            settled.mode,
+            settled.generate,
+            settled.inplace,
         )
-        self._output_spec = OutputSpec(
-            text_key=text_key if self.tokenizer is not None else None,
-            tokens_key=tokens_key,
-            masks_key=masks_key,
-            log_probs_key=log_probs_key if self.return_log_probs else None,
-            history_key=history_key if mode == "history" else None,
-            padded=pad_output,
-            tokenizer=self.tokenizer,
-            pad_id=self.tokenizer.pad_token_id if self.tokenizer is not None else 0,
-        )
-        keys = self._output_spec
+        self.num_samples, self.layout, self.pad_output = settled.num_samples, layout, pad_output
+        self.tokenizer, self.prefer_tokens = settled.tokenizer, prefer_tokens
+        self.return_log_probs = settled.call.return_log_probs
+        self.input_key = settled.prompts.input_key
+        self.in_keys, self.out_keys = [self.input_key], settled.out_keys
         self.text_key, self.tokens_key, self.masks_key = text_key, tokens_key, masks_key
         self.log_probs_key, self.history_key = log_probs_key, history_key
-        self.out_keys = [
-            key
-            for key in (
-                keys.text_key,
-                keys.masks_key,
-                keys.tokens_key,
-                keys.log_probs_key,
-                keys.history_key,
-            )
-            if key is not None
-        ]
-        if not self.out_keys:
-            raise ConfigError("every output key is None: nothing would be returned.")
-        _warn_if_truncated(self.sampling, self.return_log_probs)
+        self._min_batch_size = settled.batching.min_size if settled.batching else None
+        self._max_batch_size = settled.batching.max_size if settled.batching else None
+        self._batching_timeout = batching_timeout
+        self._batcher = shared_batcher(self.service, settled.batching)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How it samples."""
+        return self._settled.call.sampling
 
     @property
     def device(self) -> torch.device | None:
@@ -191,7 +160,7 @@ class SGLangWrapper(LLMWrapperBase):
         tensordict_out: TensorDictBase | None = None,
         **kwargs: Any,
     ) -> TensorDictBase:
-        """Samples a response for every row.
+        """Samples a response for every row, or scores every row.
 
         Args:
             tensordict: prompts, of any number of batch dimensions.
@@ -200,25 +169,56 @@ class SGLangWrapper(LLMWrapperBase):
 
         Raises:
             InputError: an empty batch, a missing key, an empty or a too long prompt.
+            UnsupportedOptionError: an option that is unknown or can't be served.
             ServiceError: the servers refused, failed or did not answer in time.
         """
-        if tensordict.numel() == 0:
-            raise EmptyBatchError(f"the batch is empty: batch size {tuple(tensordict.batch_size)}.")
-        prompts = read_prompts(_flatten(tensordict), self._prompt_spec)
-        completions = self.service.complete(self._requests(prompts, kwargs))
-        out = build_outputs(prompts, completions, self._output_spec)
-        return self._place(tensordict, _unflatten(out, tensordict.batch_size), tensordict_out)
+        call = Call(tensordict, self._settled, self.service, kwargs)
+        return self._place(tensordict, call.outputs(self._complete(call.requests)), tensordict_out)
 
-    def _requests(self, prompts: Prompts, kwargs: Mapping[str, Any]) -> list[GenerateRequest]:
-        sampling = self.sampling.updated(kwargs) if kwargs else self.sampling
-        if kwargs:
-            _warn_if_truncated(sampling, self.return_log_probs)
-        return [
-            GenerateRequest(
-                input_ids=tuple(ids), sampling=sampling, return_log_probs=self.return_log_probs
-            )
-            for ids in prompts.ids
-        ]
+    async def agenerate(
+        self,
+        tensordict: TensorDictBase,
+        *,
+        tensordict_out: TensorDictBase | None = None,
+        **kwargs: Any,
+    ) -> TensorDictBase:
+        """Same as calling it, awaited; cancelling it aborts its requests on the servers."""
+        with set_list_to_stack(True):
+            call = Call(tensordict, self._settled, self.service, kwargs)
+        completions = await self.service.acomplete(call.requests)
+        with set_list_to_stack(True):
+            return self._place(tensordict, call.outputs(completions), tensordict_out)
+
+    @set_list_to_stack(True)
+    def resume(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
+        """Goes on with the aborted rows of a partial rollout; the other rows stay as they are.
+
+        Args:
+            tensordict: what the policy returned (``partial_rollouts=True``), in tokens.
+            **kwargs: as for the call that was aborted; ``max_new_tokens`` counts from its start.
+
+        Returns:
+            The same rows, with what was sampled before and now put together: tokens, log-probs
+            and the version of each token.
+
+        Raises:
+            InputError: tokens, masks, log-probs or finish reasons are missing.
+        """
+        call = ResumedCall(tensordict, self._settled, self.service, kwargs)
+        completions = self._complete(call.requests) if call.requests else []
+        return self._place(tensordict, call.outputs(completions), None)
+
+    def _complete(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        if self._batcher is None:
+            return self.service.complete(requests)
+        self.service.check(requests)
+        groups = self._batcher.call(requests, len(requests))
+        completions: list[Completion] = []
+        for group in groups:
+            if isinstance(group, ServiceError):
+                raise group
+            completions += group
+        return completions
 
     def _place(
         self, source: TensorDictBase, out: TensorDictBase, target: TensorDictBase | None
@@ -234,6 +234,17 @@ class SGLangWrapper(LLMWrapperBase):
         target = target.exclude(*self.out_keys, inplace=True)
         return target.update(out, keys_to_update=self.out_keys)
 
+    def get_new_version(self, **kwargs: Any) -> SGLangWrapper:
+        """A wrapper with other arguments, such as ``generate=False``; the rest stays the same.
+
+        ``input_key`` follows the mode unless it is given here.
+        """
+        given = {k: v for k, v in self._given.items() if k != "input_key"}
+        if kwargs.get("generate") is False:
+            given |= {"return_log_probs": None, "num_samples": None, "generate_kwargs": None}
+        service = kwargs.pop("service", kwargs.pop("model", self.service))
+        return type(self)(service, **{**given, "tokenizer": self.tokenizer, **kwargs})
+
     def get_dist(self, *args: Any, **kwargs: Any) -> Any:
         """Not available: SGLang returns log-probs of tokens, never whole distributions."""
         raise NotImplementedError(
@@ -241,55 +252,31 @@ class SGLangWrapper(LLMWrapperBase):
             "TransformersWrapper of the trainer's model."
         )
 
-    def log_prob(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available yet."""
-        raise NotImplementedError(
-            "scoring is not available yet; use a TransformersWrapper of the trainer's model."
-        )
+    def log_prob(self, data: TensorDictBase, **get_kwargs: Any) -> Any:
+        """Log-probs of ``data``'s whole sequences; needs ``generate=False``.
 
+        Args:
+            data: what `forward` takes.
+            **get_kwargs: for the TensorDict's ``get``, such as ``as_list=True``.
 
-def _refuse(**options: tuple[bool, str]) -> None:
-    for name, (given, reason) in options.items():
-        if given:
-            raise UnsupportedOptionError(f"{name} is not supported: {reason}.")
+        Raises:
+            RuntimeError: this wrapper generates.
+        """
+        if self.generate:
+            raise RuntimeError("log_prob not callable when generate=True.")
+        return self(data).get((self.log_probs_key, "full"), **get_kwargs)
 
+    def get_batching_state(self) -> dict[str, Any]:
+        """What is waiting to be sent, for looking into a loop that seems stuck."""
+        if self._batcher is None:
+            return {"batching_enabled": False}
+        return {
+            "batching_enabled": True,
+            "min_batch_size": self._min_batch_size,
+            "max_batch_size": self._max_batch_size,
+            "queue_size": self._batcher.num_waiting,
+            "timeout": self._batching_timeout,
+        }
 
-def _template(
-    mode: str, tokenizer: Any, template: str | None, template_name: str | None
-) -> dict[str, str]:
-    """The chat template to render with: the user's, else the tokenizer's own."""
-    if mode != "history":
-        return {}
-    if template_name is not None:
-        return {"chat_template_name": template_name}
-    if template is None:
-        template = getattr(tokenizer, "chat_template", None)
-    if template is None:
-        raise TokenizerError(
-            "input_mode='history' renders chats, but the tokenizer has no chat template: pass "
-            "chat_template= or chat_template_name= (such as 'chatml_format')."
-        )
-    return {"chat_template": template}
-
-
-def _warn_if_truncated(sampling: SamplingParams, return_log_probs: bool) -> None:
-    if return_log_probs and sampling.truncates:
-        warnings.warn(
-            f"{', '.join(sampling.truncates)} truncate the distribution that is sampled from, but "
-            "the log-probs that SGLang reports are those before truncation: importance ratios "
-            "computed from them are biased. Sample with top_p=1, top_k=-1 and min_p=0.",
-            BehaviourLogProbWarning,
-            stacklevel=3,
-        )
-
-
-def _flatten(td: TensorDictBase) -> TensorDictBase:
-    if td.ndim == 1:
-        return td
-    return lazy_stack([td]) if td.ndim == 0 else td.reshape(-1)
-
-
-def _unflatten(out: TensorDictBase, batch_size: torch.Size) -> TensorDictBase:
-    if len(batch_size) == 1:
-        return out
-    return out[0] if len(batch_size) == 0 else out.view(batch_size)
+    def cleanup_batching(self, *, flush: bool = False) -> None:
+        """Nothing to clean: no call leaves anything behind."""

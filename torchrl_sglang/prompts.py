@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torchrl.data.llm import History
 
-from .errors import ConfigError, EmptyPromptError, InputError, TokenizerError
+from .errors import ConfigError, EmptyPromptError, InputError
+from .rollout.chats import Chats
+from .rollout.padding import attention_masks, check_ids, masks_or_none, rows_of, strip_padding
+from .rollout.turns import Message, Turn, TurnMemory, chat_key, last_answer
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = ("history", "text", "tokens")
@@ -23,24 +25,30 @@ class PromptSpec:
     Attributes:
         mode: what the TensorDict holds.
         input_key: where it holds it.
+        generate: an answer is to follow; else the text is complete and only scored.
         attention_mask_key: mask of padded token prompts, ``[batch, time]``.
         masks_key: the `Masks` whose ``all_attention_mask`` does the same.
-        tokens_key: the `Tokens` that ``prefer_tokens`` looks at.
+        tokens_key: the `Tokens` of a turn before, or those that ``prefer_tokens`` looks at.
+        text_key: the `Text` of a turn before.
         prefer_tokens: in history mode, use tokens that are there instead of tokenising.
         tokenizer: Hugging Face tokenizer; None is enough for tokens.
         tokenizer_kwargs: options for tokenising text.
-        template: options for rendering history (``chat_template``, ``chat_template_name``).
+        template: chat template that history is rendered with.
+        memory: turns that this policy finished.
     """
 
     mode: InputMode
     input_key: NestedKey
+    generate: bool = True
     attention_mask_key: NestedKey = "attention_mask"
     masks_key: NestedKey | None = "masks"
     tokens_key: NestedKey | None = "tokens"
+    text_key: NestedKey | None = "text"
     prefer_tokens: bool = False
     tokenizer: Any = None
     tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    template: Mapping[str, str] = field(default_factory=dict)
+    template: str | None = None
+    memory: TurnMemory = field(default_factory=TurnMemory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +59,15 @@ class Prompts:
         ids: token ids, one list per row.
         texts: the same as text, where the input was text or history.
         history: the same as history ``[batch, turns]``, where the input was history.
+        chats: the same as messages, where the input was history.
+        assistant_masks: per row, which tokens an assistant wrote; for scoring history only.
     """
 
     ids: list[list[int]]
     texts: list[str] | None = None
     history: History | None = None
+    chats: list[list[Message]] | None = None
+    assistant_masks: list[list[bool]] | None = None
 
 
 def read_prompts(td: TensorDictBase, spec: PromptSpec) -> Prompts:
@@ -93,27 +105,92 @@ def _from_history(td: TensorDictBase, spec: PromptSpec) -> Prompts:
             f"{spec.input_key!r} should have the batch and a turn dimension, got batch size "
             f"{tuple(history.batch_size)}."
         )
+    chats = Chats(history, tokenizer=spec.tokenizer, template=spec.template)
     ready = _ready_tokens(td, spec) if spec.prefer_tokens else None
     if ready is not None:
         texts = spec.tokenizer.batch_decode(ready, skip_special_tokens=False)
-        return Prompts(ids=ready, texts=texts, history=history)
-    texts = history.apply_chat_template(
-        tokenizer=spec.tokenizer, add_generation_prompt=True, tokenize=False, **spec.template
-    )
-    # The template wrote the special tokens already, BOS included.
-    ids = spec.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return Prompts(ids=ids, texts=texts, history=history)
+        masks = _ready_masks(td, spec, ready)
+        return Prompts(
+            ids=ready, texts=texts, history=history, chats=chats.messages, assistant_masks=masks
+        )
+    texts = chats.texts(add_generation_prompt=spec.generate)
+    if not spec.generate:
+        ids, masks = chats.scored(texts)
+        return Prompts(
+            ids=ids, texts=texts, history=history, chats=chats.messages, assistant_masks=masks
+        )
+    turns = [
+        _turn_before(messages, text, carried, spec)
+        for messages, text, carried in zip(chats.messages, texts, _carried(td, spec), strict=True)
+    ]
+    ids = chats.encoded(texts, turns)
+    return Prompts(ids=ids, texts=texts, history=history, chats=chats.messages)
+
+
+def _turn_before(
+    messages: Sequence[Message], text: str, carried: Turn | None, spec: PromptSpec
+) -> Turn | None:
+    """The turn that this chat goes on from, with the very tokens that it had."""
+    if carried is not None and text.startswith(carried.text):
+        return carried
+    answer = last_answer(messages)
+    if answer is None:
+        return None
+    turn = spec.memory.find(chat_key(messages[: answer + 1]))
+    if turn is not None and carried is not None and carried.text == turn.text:
+        return carried
+    return turn
+
+
+def _carried(td: TensorDictBase, spec: PromptSpec) -> list[Turn | None]:
+    """Each row's turn before, where the TensorDict still has its tokens and text."""
+    nothing: list[Turn | None] = [None] * td.batch_size[0]
+    if spec.tokens_key is None or spec.text_key is None:
+        return nothing
+    rows = rows_of(td, _below(spec.tokens_key, "full"))
+    texts = td.get(_below(spec.text_key, "full"), None)
+    if rows is None or texts is None:
+        return nothing
+    texts = texts if isinstance(texts, list) else texts.tolist()
+    masks = masks_or_none(td, spec.masks_key, None, len(rows))
+    special = set(spec.tokenizer.all_special_ids)
+    turns: list[Turn | None] = []
+    for row, mask, text in zip(rows, masks, texts, strict=True):
+        ids = _stripped(row, mask, spec)
+        ending = spec.tokenizer.decode(ids[-1:]) if ids and ids[-1] in special else ""
+        turns.append(Turn(ids=ids, text=text, ending=ending) if ids and text else None)
+    return turns
+
+
+def _below(key: NestedKey, part: str) -> NestedKey:
+    base = key if isinstance(key, tuple) else (key,)
+    return (*base, part)
 
 
 def _ready_tokens(td: TensorDictBase, spec: PromptSpec) -> list[list[int]] | None:
     if spec.tokens_key is None:
         return None
-    base = spec.tokens_key if isinstance(spec.tokens_key, tuple) else (spec.tokens_key,)
-    for part in ("prompt", "full"):
-        rows = _rows(td, (*base, part))
+    for part in ("prompt", "full") if spec.generate else ("full",):
+        rows = rows_of(td, _below(spec.tokens_key, part))
         if rows is not None:
-            return [_strip_padding(row, None, spec.tokenizer.pad_token_id) for row in rows]
+            masks = masks_or_none(td, spec.masks_key, None, len(rows))
+            return [_stripped(r, m, spec) for r, m in zip(rows, masks, strict=True)]
     return None
+
+
+def _ready_masks(
+    td: TensorDictBase, spec: PromptSpec, ready: list[list[int]]
+) -> list[list[bool]] | None:
+    """Assistant masks that are there already, for tokens that are there already."""
+    if spec.generate or spec.masks_key is None:
+        return None
+    rows = rows_of(td, _below(spec.masks_key, "all_assistant_mask"))
+    attended = attention_masks(td, spec.masks_key, None)
+    if rows is None or attended is None:
+        return None
+    masks = [row[keep.bool()].tolist() for row, keep in zip(rows, attended, strict=True)]
+    fits = all(len(mask) == len(ids) for mask, ids in zip(masks, ready, strict=True))
+    return masks if fits else None
 
 
 def _from_text(td: TensorDictBase, spec: PromptSpec) -> Prompts:
@@ -123,111 +200,30 @@ def _from_text(td: TensorDictBase, spec: PromptSpec) -> Prompts:
         texts = texts.tolist() if hasattr(texts, "tolist") else list(texts)
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{spec.input_key!r} should hold strings, got {type(texts[0]).__name__}.")
-    ids = spec.tokenizer(texts, **spec.tokenizer_kwargs)["input_ids"]
+    ids: list[list[int]] = spec.tokenizer(texts, **spec.tokenizer_kwargs)["input_ids"]
+    if spec.generate:
+        for index, (text, turn) in enumerate(zip(texts, _carried(td, spec), strict=True)):
+            if turn is not None and text.startswith(turn.text):
+                rest = text[len(turn.text) :]
+                more = spec.tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
+                ids[index] = [*turn.ids, *more]
     return Prompts(ids=ids, texts=texts)
 
 
 def _from_tokens(td: TensorDictBase, spec: PromptSpec) -> Prompts:
-    rows: list[Any] = _required(_rows(td, spec.input_key), td, spec)
-    for index, row in enumerate(rows):
-        if not isinstance(row, torch.Tensor) or row.dtype.is_floating_point or row.ndim != 1:
-            raise InputError(
-                f"{spec.input_key!r} should hold integer token ids of shape [batch, time], ragged "
-                f"or padded; row {index} is {_describe(row)}."
-            )
-    pad_id = getattr(spec.tokenizer, "pad_token_id", None)
-    masks = _attention_masks(td, spec)
-    if masks is None:
-        return Prompts(ids=[_strip_padding(row, None, pad_id) for row in rows])
-    return Prompts(ids=[_strip_padding(r, m, pad_id) for r, m in zip(rows, masks, strict=True)])
+    rows: list[Any] = _required(rows_of(td, spec.input_key), td, spec)
+    check_ids(rows, spec.input_key)
+    masks = masks_or_none(td, spec.masks_key, spec.attention_mask_key, len(rows))
+    return Prompts(ids=[_stripped(r, m, spec) for r, m in zip(rows, masks, strict=True)])
 
 
-def _attention_masks(td: TensorDictBase, spec: PromptSpec) -> list[torch.Tensor] | None:
-    keys: list[NestedKey] = [spec.attention_mask_key]
-    if spec.masks_key is not None:
-        base = spec.masks_key if isinstance(spec.masks_key, tuple) else (spec.masks_key,)
-        keys.insert(0, (*base, "all_attention_mask"))
-    for key in keys:
-        masks = _rows(td, key)
-        if masks is not None:
-            return masks
-    return None
-
-
-def _rows(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
-    """One 1-D tensor per row, from a ragged stack, a nested tensor or a padded tensor."""
-    if isinstance(td, LazyStackedTensorDict):
-        stacked: list[torch.Tensor] | None = td.get(key, None, as_list=True)
-        return stacked
-    value = td.get(key, None)
-    return None if value is None else list(value.unbind(0))
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def _strip_padding(row: torch.Tensor, mask: torch.Tensor | None, pad_id: int | None) -> list[int]:
-    """The ids of one row without its padding.
-
-    A mask of another length belongs to something else (the full sequence of a turn before) and says
-    nothing of this row. Without a mask only pads at the ends are dropped: inside, a pad id may be
-    an EOS that was sampled.
-    """
-    if mask is not None and mask.shape == row.shape:
-        attended: list[int] = row[mask.bool()].tolist()
-        return attended
-    ids: list[int] = row.tolist()
-    start, end = 0, len(ids)
-    while start < end and ids[start] == pad_id:
-        start += 1
-    while end > start and ids[end - 1] == pad_id:
-        end -= 1
-    return ids[start:end]
+def _stripped(row: Any, mask: Any, spec: PromptSpec) -> list[int]:
+    if spec.tokenizer is None:
+        return strip_padding(row, mask, None)
+    return strip_padding(row, mask, spec.tokenizer.pad_token_id, spec.tokenizer.eos_token_id)
 
 
 _READERS = {"history": _from_history, "text": _from_text, "tokens": _from_tokens}
-
-
-def load_tokenizer(tokenizer: Any, served_path: str, mode: InputMode) -> Any:
-    """The tokenizer to use.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer, a folder or hub name, or None for the served model's.
-        served_path: where the servers have theirs.
-        mode: tokens can do without one; then None is returned where none is found.
-
-    Raises:
-        TokenizerError: none was found, or it can't render chats.
-    """
-    if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = _load(tokenizer or served_path, optional=tokenizer is None and mode == "tokens")
-    if tokenizer is None:
-        return None
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise TokenizerError(
-                "the tokenizer has neither a pad nor an EOS token: set tokenizer.pad_token."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _load(name: str, *, optional: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if optional:
-            return None
-        raise TokenizerError(
-            f"no tokenizer could be loaded from {name!r} ({type(error).__name__}: {error}). Pass "
-            "tokenizer= (a Hugging Face tokenizer, or the folder or hub name of one); without one "
-            "only input_mode='tokens' works."
-        ) from error
 
 
 def check_mode(mode: str) -> InputMode:
@@ -236,18 +232,3 @@ def check_mode(mode: str) -> InputMode:
         if mode == known:
             return known
     raise ConfigError(f"input_mode must be one of {INPUT_MODES}, got {mode!r}.")
-
-
-def default_tokenizer_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options for tokenising text; padding and tensors are made in `outputs`, not here.
-
-    Raises:
-        ConfigError: an option that would change the shape of what the tokenizer returns.
-    """
-    kwargs = dict(given or {})
-    for name in ("padding", "return_tensors", "padding_side", "return_attention_mask"):
-        kwargs.pop(name, None)
-    shaped: Sequence[str] = [n for n in ("return_overflowing_tokens", "text_pair") if n in kwargs]
-    if shaped:
-        raise ConfigError(f"tokenizer_kwargs can't have {shaped}: one prompt is one row.")
-    return kwargs

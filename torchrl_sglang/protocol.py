@@ -1,27 +1,101 @@
-"""Every body that crosses HTTP, and its strict reading. Needs only the standard library."""
+"""Requests to ``/generate``. Needs only the standard library."""
 
 from __future__ import annotations
 
-import math
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from .errors import (
-    ConfigError,
-    EmptyPromptError,
-    RequestAbortedError,
-    ResponseError,
-)
+from .errors import ConfigError, EmptyPromptError
 from .sampling import SamplingParams
 
-FinishType = Literal["stop", "length"]
-INITIAL_VERSION = "default"  # what a server calls the weights that it loaded itself
 
-
-def _new_rid() -> str:
+def new_rid() -> str:
+    """A request id that no other request has."""
     return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returns:
+    """What a completion brings back beside its tokens.
+
+    Attributes:
+        input_log_probs: the log-prob of every prompt token but the first, at temperature 1.
+        top_log_probs: the so many most likely tokens of each position, with log-probs.
+        sampling_mask: the ids that survived top-k, top-p and min-p at each position, and the
+            log-prob of the sampled one among them.
+        hidden_states: the last layer's hidden states.
+        routed_experts: the experts of a mixture-of-experts model.
+    """
+
+    input_log_probs: bool = False
+    top_log_probs: int = 0
+    sampling_mask: bool = False
+    hidden_states: bool = False
+    routed_experts: bool = False
+
+    def body(self) -> dict[str, Any]:
+        """Fields of SGLang's ``/generate``; what is not asked for is left out."""
+        body: dict[str, Any] = {}
+        if self.input_log_probs:
+            body["logprob_start_len"] = 0
+        if self.top_log_probs:
+            body["top_logprobs_num"] = self.top_log_probs
+        for name in ("sampling_mask", "hidden_states", "routed_experts"):
+            if getattr(self, name):
+                body[f"return_{name}"] = True
+        return body
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """Images, videos and audio of one prompt: URLs, file names or base64 data.
+
+    Attributes:
+        images, videos, audios: in the order of their placeholders in the prompt.
+    """
+
+    images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    audios: tuple[str, ...] = ()
+
+    def body(self) -> dict[str, Any]:
+        """Fields of SGLang's ``/generate``."""
+        fields = {
+            "image_data": self.images,
+            "video_data": self.videos,
+            "audio_data": self.audios,
+        }
+        return {name: list(values) for name, values in fields.items() if values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitProcessor:
+    """A change to the logits that the server makes before it samples.
+
+    Attributes:
+        serialized: the class, as SGLang's ``custom_logit_processor`` takes it.
+        params: its parameters, as SGLang's ``custom_params``.
+    """
+
+    serialized: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionTurn:
+    """A request's place in a session that a server holds.
+
+    Attributes:
+        session_id: the session.
+        worker_url: the server that holds it.
+        after: id of the request that this one continues; None starts the session.
+    """
+
+    session_id: str
+    worker_url: str
+    after: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +105,15 @@ class GenerateRequest:
     Attributes:
         input_ids: the prompt as token ids; or
         text: the prompt as text, which the server tokenises itself (it may add a BOS).
-        sampling: how to sample.
+        sampling: how to sample; ``sampling.n`` completions come back.
         return_log_probs: ask for the log-prob of every sampled token.
+        returns: what else to ask for.
+        processor: a change to the logits.
+        lora: name of a loaded LoRA adapter.
+        media: images, videos and audio.
+        session: its place in a session.
+        scoring: only log-probs of the prompt, no token is generated.
+        partial_allowed: an aborted request returns what it had instead of raising.
         rid: request id, unique per attempt.
     """
 
@@ -40,7 +121,14 @@ class GenerateRequest:
     text: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     return_log_probs: bool = True
-    rid: str = field(default_factory=_new_rid)
+    returns: Returns = field(default_factory=Returns)
+    processor: LogitProcessor | None = None
+    lora: str | None = None
+    media: Media | None = None
+    session: SessionTurn | None = None
+    scoring: bool = False
+    partial_allowed: bool = False
+    rid: str = field(default_factory=new_rid)
 
     def __post_init__(self) -> None:
         if (self.input_ids is None) == (self.text is None):
@@ -49,6 +137,21 @@ class GenerateRequest:
             raise EmptyPromptError("a prompt is empty: it needs at least one token.")
         if self.input_ids is not None:
             object.__setattr__(self, "input_ids", tuple(self.input_ids))
+        if self.scoring and not self.returns.input_log_probs:
+            object.__setattr__(self, "returns", replace(self.returns, input_log_probs=True))
+        if self.num_samples > 1 and self.session is not None:
+            raise ConfigError("a session goes on from one sample: n must be 1 in a session.")
+
+    @property
+    def num_samples(self) -> int:
+        """Completions that come back."""
+        return 1 if self.scoring else self.sampling.n
+
+    @property
+    def asks_log_probs(self) -> bool:
+        """Whether any log-prob comes back; the server then sends those of sampled tokens too."""
+        returns = self.returns
+        return self.return_log_probs or returns.input_log_probs or returns.top_log_probs > 0
 
     def body(self, cache_salt: str | None = None) -> dict[str, Any]:
         """The JSON object for ``/generate``.
@@ -56,140 +159,83 @@ class GenerateRequest:
         Args:
             cache_salt: prefixes cached under another salt are not reused; None sends no salt.
         """
+        sampling = self.sampling.body()
         body: dict[str, Any] = {
             "rid": self.rid,
-            "sampling_params": self.sampling.body(),
-            "return_logprob": self.return_log_probs,
+            "return_logprob": self.asks_log_probs,
             "stream": False,
+            **self.returns.body(),
         }
+        if self.scoring:
+            sampling = {"max_new_tokens": 0, "temperature": 1.0}
         if self.input_ids is not None:
             body["input_ids"] = self.input_ids
         else:
             body["text"] = self.text
         if cache_salt is not None:
             body["extra_key"] = cache_salt
+        if self.processor is not None:
+            body["custom_logit_processor"] = self.processor.serialized
+            sampling["custom_params"] = dict(self.processor.params)
+        if self.lora is not None:
+            body["lora_path"] = self.lora
+        if self.media is not None:
+            body |= self.media.body()
+        if self.session is not None:
+            body["session_params"] = {"id": self.session.session_id, "rid": self.session.after}
+        body["sampling_params"] = sampling
         return body
 
+    def bodies(self, seeded: bool, cache_salt: str | None = None) -> dict[str, Any]:
+        """The JSON object for all ``sampling.n`` completions of this prompt.
 
-@dataclass(frozen=True, kw_only=True)
-class VersionSpan:
-    """The weights that sampled ``output_ids[start:end]``."""
+        The server's own ``n`` computes the prompt once. Its samples share one seed, which makes
+        them identical on a server that samples deterministically: there each gets a request of
+        its own in one batch.
 
-    version: str
-    start: int
-    end: int
+        Args:
+            seeded: give each sample an id and a seed of its own.
+            cache_salt: as in `body`.
+        """
+        body = self.body(cache_salt)
+        count = self.num_samples
+        if count == 1 or not seeded:
+            return body
+        for name in _PER_REQUEST & body.keys():
+            body[name] = [body[name]] * count
+        shared = {k: v for k, v in body["sampling_params"][0].items() if k != "n"}
+        body["sampling_params"] = [{**shared, "sampling_seed": seed} for seed in self.seeds()]
+        body["rid"] = self.sample_rids()
+        return body
 
+    def seeds(self) -> list[int]:
+        """A seed for each sample; from the request's id where the user gave none."""
+        first = self.sampling.sampling_seed
+        if first is None:
+            first = uuid.uuid5(uuid.NAMESPACE_OID, self.rid).int % 2**31
+        return [first + index for index in range(self.sampling.n)]
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What came back for one request.
-
-    Attributes:
-        rid: id of the request.
-        output_ids: sampled token ids, the EOS or stop token included.
-        log_probs: log-prob of each sampled token after temperature and penalties, same length;
-            None if they were not asked for.
-        text: the server's own decoding, without the stop; None from a server without a tokenizer.
-        finish_type: ``"stop"`` (EOS or a stop) or ``"length"``.
-        matched_stop: the stop string or token id that ended it.
-        prompt_tokens: tokens of the prompt.
-        cached_tokens: of these, how many the prefix cache had.
-        version_spans: the weights behind each part of ``output_ids``; one span that covers all
-            from servers that report one version per request.
-    """
-
-    rid: str
-    output_ids: list[int]
-    log_probs: list[float] | None
-    text: str | None
-    finish_type: FinishType
-    matched_stop: str | int | None
-    prompt_tokens: int
-    cached_tokens: int
-    version_spans: tuple[VersionSpan, ...]
-
-    @property
-    def finish_reason(self) -> str:
-        """Same as ``finish_type``."""
-        return self.finish_type
+    def sample_rids(self) -> list[str]:
+        """Request ids of the samples, where each has its own."""
+        return [f"{self.rid}-s{index}" for index in range(self.sampling.n)]
 
 
-def parse_completion(answer: object, request: GenerateRequest) -> Completion:
-    """Reads the answer to one non-streaming ``/generate``.
-
-    Raises:
-        ResponseError: something is missing, of another length, not finite, or of another request.
-        RequestAbortedError: the engine aborted the request.
-    """
-    try:
-        return _parse_completion(answer, request)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ResponseError(
-            f"request {request.rid}: the answer lacks what was asked for "
-            f"({type(error).__name__}: {error}); it begins {str(answer)[:200]!r}."
-        ) from error
-
-
-def _parse_completion(answer: Any, request: GenerateRequest) -> Completion:
-    meta, output_ids = answer["meta_info"], answer["output_ids"]
-    if meta["id"] != request.rid:
-        raise ResponseError(f"request {request.rid} got the answer of request {meta['id']!r}.")
-    reason = meta["finish_reason"]
-    if reason["type"] == "abort":
-        raise RequestAbortedError(
-            f"request {request.rid} was aborted after {len(output_ids)} tokens: "
-            f"{reason.get('message', 'no reason given')}"
-        )
-    if reason["type"] not in ("stop", "length"):
-        raise ResponseError(f"request {request.rid}: unknown finish reason {reason!r}.")
-    if not isinstance(output_ids, list) or not all(type(i) is int for i in output_ids):
-        raise ResponseError(f"request {request.rid}: output ids are no list of integers.")
-    if not output_ids or len(output_ids) != meta["completion_tokens"]:
-        raise ResponseError(
-            f"request {request.rid}: {len(output_ids)} output ids, "
-            f"completion_tokens={meta['completion_tokens']}."
-        )
-    return Completion(
-        rid=request.rid,
-        output_ids=output_ids,
-        log_probs=_log_probs(meta, output_ids, request) if request.return_log_probs else None,
-        text=answer.get("text"),
-        finish_type=reason["type"],
-        matched_stop=reason.get("matched"),
-        prompt_tokens=meta["prompt_tokens"],
-        cached_tokens=meta.get("cached_tokens", 0),
-        version_spans=_version_spans(meta, len(output_ids), request),
-    )
-
-
-def _log_probs(
-    meta: Mapping[str, Any], output_ids: Sequence[int], request: GenerateRequest
-) -> list[float]:
-    rows = meta["output_token_logprobs"]
-    log_probs = [row[0] for row in rows]
-    if [row[1] for row in rows] != output_ids:
-        raise ResponseError(
-            f"request {request.rid}: log-probs for {len(rows)} tokens do not belong to the "
-            f"{len(output_ids)} output ids."
-        )
-    if not math.isfinite(sum(log_probs)):
-        raise ResponseError(f"request {request.rid}: a log-prob is not finite.")
-    return log_probs
-
-
-def _version_spans(
-    meta: Mapping[str, Any], num_tokens: int, request: GenerateRequest
-) -> tuple[VersionSpan, ...]:
-    spans = meta.get("weight_versions")
-    if not spans:
-        version = meta.get("weight_version", INITIAL_VERSION)
-        return (VersionSpan(version=version, start=0, end=num_tokens),)
-    parsed = tuple(VersionSpan(version=s["version"], start=s["start"], end=s["end"]) for s in spans)
-    bounds = [0, *(span.end for span in parsed)]
-    if bounds[-1] != num_tokens or any(
-        s.start != b or s.end < b for s, b in zip(parsed, bounds[:-1], strict=True)
-    ):
-        raise ResponseError(
-            f"request {request.rid}: version spans {spans} do not cover {num_tokens} tokens."
-        )
-    return parsed
+# Fields that a batch in one request gives as lists.
+_PER_REQUEST = frozenset(
+    {
+        "input_ids",
+        "text",
+        "sampling_params",
+        "return_logprob",
+        "logprob_start_len",
+        "top_logprobs_num",
+        "return_sampling_mask",
+        "return_hidden_states",
+        "lora_path",
+        "custom_logit_processor",
+        "extra_key",
+        "image_data",
+        "video_data",
+        "audio_data",
+    }
+)

@@ -1,53 +1,70 @@
-"""Sampling parameters: the names that users write, and what SGLang is sent."""
+"""Sampling parameters: what SGLang is sent, checked when they are made."""
 
 from __future__ import annotations
 
-import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .errors import UnsupportedOptionError
+from .sampling_names import canonical
 
-# Other backends' names for the same thing: TorchRL's common names, vLLM's, Hugging Face's.
-ALIASES = {
-    "max_tokens": "max_new_tokens",
-    "max_generate_length": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
-    "stop_sequences": "stop",
-    "seed": "sampling_seed",
-}
-
-# Known names that a single request can't serve, with what to do instead.
-REFUSED = {
-    "n": "one prompt gives one completion for now; repeat the prompt in the batch.",
-    "num_return_sequences": "one prompt gives one completion for now; repeat the prompt.",
-    "num_beams": "SGLang samples; beam search gives no behaviour log-probs to train on.",
-    "length_penalty": "it belongs to beam search, which is not supported.",
-    "early_stopping": "it belongs to beam search, which is not supported.",
-    "logprobs": "use SGLangWrapper(return_log_probs=...).",
-}
+# Sent only where they are set: older servers do not know all of them.
+OPTIONAL = (
+    "stop",
+    "stop_token_ids",
+    "stop_regex",
+    "regex",
+    "json_schema",
+    "ebnf",
+    "structural_tag",
+    "logit_bias",
+    "sampling_seed",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "no_stop_trim",
+)
+GRAMMARS = ("regex", "json_schema", "ebnf", "structural_tag")
+# SGLang's own bounds on what it matches while it generates.
+MAX_STOPS = 32
+MAX_STOP_REGEX_LENGTH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are sampled. Every field is sent, so no server-side default applies silently.
+    """How tokens are sampled.
+
+    Whatever has a default here is sent too, so that no default of a server or of a model's
+    ``generation_config`` applies in silence.
 
     Attributes:
         max_new_tokens: most tokens to generate, >= 1.
-        min_new_tokens: fewest tokens before a stop is allowed.
+        min_new_tokens: fewest tokens before EOS or a stop token is allowed.
         temperature: 0 is greedy; reported log-probs are those after the temperature.
-        top_p: nucleus mass in (0, 1]; NOT reflected in the reported log-probs.
-        top_k: number of candidates, -1 for all; NOT reflected in the reported log-probs.
-        min_p: smallest probability relative to the most likely token; NOT reflected.
+        top_p: nucleus mass in (0, 1]; see ``log_probs_mode`` of `SGLangWrapper`.
+        top_k: number of candidates, -1 for all; see ``log_probs_mode``.
+        min_p: smallest probability relative to the most likely token; see ``log_probs_mode``.
         repetition_penalty: 1 is off; included in the reported log-probs.
         frequency_penalty: 0 is off; included in the reported log-probs.
         presence_penalty: 0 is off; included in the reported log-probs.
+        logit_bias: what is added to the logits of token ids; included in the reported log-probs.
         stop: strings that end the generation; their tokens are kept in ``output_ids``.
         stop_token_ids: token ids that end the generation, beside the model's EOS.
+        stop_regex: regular expressions that end the generation.
         ignore_eos: go on past EOS.
-        sampling_seed: seed of this request; used where the server runs deterministically.
+        regex: a regular expression that the text must match.
+        json_schema: a JSON schema that the text must match, as a mapping or as JSON.
+        ebnf: a grammar in EBNF that the text must match.
+        structural_tag: SGLang's structural tags, as a mapping or as JSON.
+        n: completions of each prompt.
+        sampling_seed: seed; used where the server runs deterministically. Sample ``i`` of a prompt
+            gets ``sampling_seed + i``.
+        skip_special_tokens: leave special tokens out of the text. None: the server does in its
+            text, `SGLangWrapper` does not, as TorchRL's wrappers.
+        spaces_between_special_tokens: as in Hugging Face's tokenizers; None: their default.
+        no_stop_trim: keep the stop at the end of the text; None as above. Tokens always keep it.
 
     Source: SGLang's ``sampling/sampling_params.py``.
     """
@@ -61,15 +78,26 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    stop_regex: tuple[str, ...] = ()
     ignore_eos: bool = False
+    regex: str | None = None
+    json_schema: str | Mapping[str, Any] | None = None
+    ebnf: str | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
+    n: int = 1
     sampling_seed: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
-        ids = _as_tuple("stop_token_ids", self.stop_token_ids)
-        object.__setattr__(self, "stop_token_ids", ids)
+        for name in ("stop", "stop_token_ids", "stop_regex"):
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
+        for name in ("json_schema", "structural_tag"):
+            object.__setattr__(self, name, _as_json(name, getattr(self, name)))
         for name, (valid, rule) in _RULES.items():
             value = getattr(self, name)
             if not _holds(valid, value):
@@ -79,6 +107,9 @@ class SamplingParams:
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens="
                 f"{self.max_new_tokens}."
             )
+        grammars = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if len(grammars) > 1:
+            raise UnsupportedOptionError(f"{' and '.join(grammars)} are given: choose one.")
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any] | None) -> SamplingParams:
@@ -95,13 +126,19 @@ class SamplingParams:
 
     def updated(self, kwargs: Mapping[str, Any]) -> SamplingParams:
         """These parameters with ``kwargs`` laid over them; errors as in `from_kwargs`."""
-        return replace(self, **_canonical(kwargs, self.temperature))
+        known = {f.name for f in fields(self)}
+        return replace(self, **canonical(kwargs, known, self.temperature))
 
     def body(self) -> dict[str, Any]:
         """The ``sampling_params`` object of SGLang's ``/generate``."""
         sent = {f.name: getattr(self, f.name) for f in fields(self)}
-        sent["stop"] = list(self.stop) or None
-        sent["stop_token_ids"] = list(self.stop_token_ids) or None
+        for name in OPTIONAL:
+            if sent[name] is None or sent[name] == ():
+                del sent[name]
+        if self.logit_bias is not None:
+            sent["logit_bias"] = {str(i): bias for i, bias in self.logit_bias.items()}
+        if self.n == 1:
+            del sent["n"]
         return sent
 
     @property
@@ -109,6 +146,11 @@ class SamplingParams:
         """The active settings that the reported log-probs do not reflect."""
         active = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
         return tuple(name for name, on in active.items() if on and self.temperature > 0)
+
+    @property
+    def grammar(self) -> str | None:
+        """Name of the option that constrains the text, if one does."""
+        return next((name for name in GRAMMARS if getattr(self, name) is not None), None)
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
@@ -122,6 +164,19 @@ def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     raise UnsupportedOptionError(f"{name}={value!r}: must be a sequence.")
 
 
+def _as_json(name: str, value: Any) -> str | None:
+    """A mapping, or text that is JSON already, as JSON."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str):
+            json.loads(value)
+            return value
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedOptionError(f"{name}={value!r:.200}: is no JSON ({error}).") from error
+
+
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -130,10 +185,29 @@ def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _text(value: object) -> bool:
+    return value is None or (isinstance(value, str) and bool(value))
+
+
+def _strings(value: Any) -> bool:
+    return len(value) <= MAX_STOPS and all(isinstance(s, str) and s for s in value)
+
+
+def _biases(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and all(
+        _count(token_id) and token_id >= 0 and _number(bias) for token_id, bias in value.items()
+    )
+
+
 def _holds(rule: Any, value: Any) -> bool:
     return bool(rule(value))
 
 
+_FLAG = (lambda v: isinstance(v, bool), "True or False")
+_CHOICE = (lambda v: v is None or isinstance(v, bool), "True, False or None")
+_GRAMMAR = (_text, "a non-empty string or None")
 _RULES: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (lambda v: _count(v) and v >= 1, "an integer >= 1"),
     "min_new_tokens": (lambda v: _count(v) and v >= 0, "an integer >= 0"),
@@ -144,54 +218,24 @@ _RULES: dict[str, tuple[Any, str]] = {
     "repetition_penalty": (lambda v: _number(v) and 0 < v <= 2, "a number in (0, 2]"),
     "frequency_penalty": (lambda v: _number(v) and -2 <= v <= 2, "a number in [-2, 2]"),
     "presence_penalty": (lambda v: _number(v) and -2 <= v <= 2, "a number in [-2, 2]"),
-    "stop": (lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
+    "logit_bias": (_biases, "a mapping of token ids to numbers, such as {42: -5.0}, or None"),
+    "stop": (_strings, f"at most {MAX_STOPS} non-empty strings"),
     "stop_token_ids": (lambda v: all(_count(i) and i >= 0 for i in v), "integers >= 0"),
-    "ignore_eos": (lambda v: isinstance(v, bool), "True or False"),
-    "sampling_seed": (
-        lambda v: v is None or (_count(v) and abs(v) < 2**63),
-        "an integer of 64 bits or None",
+    "stop_regex": (
+        lambda v: _strings(v) and all(len(s) <= MAX_STOP_REGEX_LENGTH for s in v),
+        f"at most {MAX_STOPS} regular expressions of at most {MAX_STOP_REGEX_LENGTH} characters",
     ),
+    "ignore_eos": _FLAG,
+    "regex": _GRAMMAR,
+    "json_schema": _GRAMMAR,
+    "ebnf": _GRAMMAR,
+    "structural_tag": _GRAMMAR,
+    "n": (lambda v: _count(v) and v >= 1, "an integer >= 1"),
+    "sampling_seed": (
+        lambda v: v is None or (_count(v) and abs(v) < 2**62),
+        "an integer of 62 bits or None",
+    ),
+    "skip_special_tokens": _CHOICE,
+    "spaces_between_special_tokens": _CHOICE,
+    "no_stop_trim": _CHOICE,
 }
-
-
-def _canonical(kwargs: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """User names to field names; ``do_sample`` becomes a temperature."""
-    known = {f.name for f in fields(SamplingParams)}
-    result: dict[str, Any] = {}
-    for given, value in kwargs.items():
-        if given == "do_sample":
-            continue
-        name = ALIASES.get(given, given)
-        if name not in known:
-            raise UnsupportedOptionError(_unknown(given, known))
-        if name in result:
-            raise UnsupportedOptionError(f"{given!r} and another spelling of {name!r} are given.")
-        result[name] = value
-    if "do_sample" in kwargs:
-        _apply_do_sample(kwargs["do_sample"], result, temperature)
-    return result
-
-
-def _apply_do_sample(do_sample: Any, result: dict[str, Any], temperature: float) -> None:
-    """Hugging Face's switch: False is temperature 0; True must not meet a temperature of 0."""
-    if not isinstance(do_sample, bool):
-        raise UnsupportedOptionError(f"do_sample={do_sample!r}: must be True or False.")
-    if do_sample and result.get("temperature", temperature) == 0:
-        raise UnsupportedOptionError(
-            "do_sample=True, but the temperature is 0, which is greedy: give a temperature above 0."
-        )
-    if not do_sample:
-        if result.get("temperature", 0) != 0:
-            raise UnsupportedOptionError(
-                f"do_sample=False is greedy, but temperature={result['temperature']!r} is given: "
-                "leave one out."
-            )
-        result["temperature"] = 0.0
-
-
-def _unknown(name: str, known: set[str]) -> str:
-    if name in REFUSED:
-        return f"sampling option {name!r} is not supported: {REFUSED[name]}"
-    near = difflib.get_close_matches(name, [*known, *ALIASES, "do_sample"], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known))}."
-    return f"unknown sampling option {name!r}.{hint}"

@@ -11,21 +11,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from .attach import Cluster, Credentials
+from .background import BackgroundLoop
+from .completions import INITIAL_VERSION
 from .config import RouterConfig, ServerConfig, Timeouts
-from .errors import EmptyBatchError
+from .data_client import DataClient
 from .gate import ServiceState, UpdateGate
+from .generation import GeneratingModel
 from .launch.fleet import FleetPlan
 from .local import LocalResources
-from .protocol import INITIAL_VERSION, Completion, GenerateRequest
-from .requests_in import to_requests
-from .sampling import SamplingParams
-from .served import ServedModel
+from .sessions import Sessions
 from .start import choose_device, plan_fleet, start_fleet
 
-Prompts = str | GenerateRequest | Sequence[int] | Sequence[str | Sequence[int] | GenerateRequest]
 
-
-class AsyncSGLang(ServedModel):
+class AsyncSGLang(GeneratingModel):
     """The rollout service: generates with SGLang servers that it started or attached to.
 
     Managed (`from_pretrained`): starts servers and one router, and ends them in `shutdown`, on
@@ -170,53 +168,23 @@ class AsyncSGLang(ServedModel):
         service._local.fleet = fleet
         return service
 
-    def generate(
-        self,
-        prompts: Prompts,
-        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Completes one prompt, or many at once.
-
-        Args:
-            prompts: a text, token ids or a `GenerateRequest`; or a sequence of any of these.
-            sampling_params: how to sample; not with `GenerateRequest`, which brings its own.
-
-        Returns:
-            A `Completion` for one prompt, else a list of them in the order of the prompts.
-
-        Raises:
-            InputError: an empty batch, an empty prompt, or one longer than the context.
-            ServiceBrokenError: the last weight push failed.
-            ServiceError: refused, failed, timed out, or an answer that must not be trained on.
-        """
-        batch, single = to_requests(prompts, sampling_params)
-        completions = self.complete(batch)
-        return completions[0] if single else completions
-
-    def complete(self, batch: Sequence[GenerateRequest]) -> list[Completion]:
-        """Completes requests, all in flight at once; waits while a weight push is under way."""
-        if not batch:
-            raise EmptyBatchError("the batch has no prompt.")
-        self.info.check_prompt_lengths(batch)
-        self.gate.wait_until_open(self.timeouts.request_s)
-        return self._local.generate_all(
-            batch,
-            self._cache_salt(),
-            url=self.server_url,
-            api_key=self._keys.api_key,
-            timeouts=self.timeouts,
-        )
-
-    def _cache_salt(self) -> str | None:
-        """Separates prefixes cached under different weights, where the servers can."""
-        if not self.info.capabilities.cache_salt:
-            return None
-        return f"weights-{self.weight_version}"
+    def _data_plane(self) -> tuple[BackgroundLoop, DataClient]:
+        return self._local.data_plane(self.server_url, self._keys.api_key, self.timeouts)
 
     @property
     def cluster(self) -> Cluster:
         """What answers at the URL; a copy in another process attaches here, on first use."""
         return self._local.attached(self._url, self._keys, self.timeouts)
+
+    @property
+    def sessions(self) -> Sessions:
+        """The sessions that this service opened; closed with it."""
+        return self._local.sessions
+
+    @property
+    def openai_base_url(self) -> str:
+        """What OpenAI's clients take as ``base_url``; their ``api_key`` is `api_key`."""
+        return self.server_url + "/v1"
 
     @property
     def gate(self) -> UpdateGate:

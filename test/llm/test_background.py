@@ -16,7 +16,6 @@ from torchrl_sglang.background import BackgroundLoop
 from torchrl_sglang.config import Timeouts
 from torchrl_sglang.errors import ServiceClosedError
 from torchrl_sglang.local import LocalResources
-from torchrl_sglang.protocol import GenerateRequest
 
 
 @pytest.fixture
@@ -170,11 +169,5 @@ def test_nothing_is_made_after_the_resources_were_closed() -> None:
     resources = LocalResources()
     resources.close()
     with pytest.raises(ServiceClosedError):
-        resources.generate_all(
-            [GenerateRequest(input_ids=(1,))],
-            None,
-            url="http://127.0.0.1:9",
-            api_key=None,
-            timeouts=Timeouts(request_s=1.0),
-        )
+        resources.data_plane("http://127.0.0.1:9", None, Timeouts(request_s=1.0))
     assert threads_named("torchrl_sglang") == []

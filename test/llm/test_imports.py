@@ -107,8 +107,8 @@ def names(*patterns: str) -> list[str]:
 @pytest.mark.parametrize(
     ("modules", "forbidden"),
     [
-        (["policy", "prompts", "outputs"], ["weights", "launch"]),
-        (["weights.*"], ["launch", "policy", "prompts", "outputs"]),
+        (["policy", "prompts", "outputs", "rollout.*"], ["weights", "launch"]),
+        (["weights.*"], ["launch", "policy", "prompts", "outputs", "rollout"]),
     ],
 )
 def test_the_columns_do_not_blur(modules: list[str], forbidden: list[str]) -> None:
@@ -120,9 +120,9 @@ def test_the_columns_do_not_blur(modules: list[str], forbidden: list[str]) -> No
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("aiohttp", ["client"]),
+        ("aiohttp", ["data_client"]),
         ("requests", ["client"]),
-        ("orjson", ["client"]),
+        ("orjson", ["data_client"]),
         ("http", []),
         ("httpx", []),
         ("urllib.request", []),
@@ -131,7 +131,18 @@ def test_the_columns_do_not_blur(modules: list[str], forbidden: list[str]) -> No
         ("multiprocessing", []),
         ("torch.distributed", ["weights.collective"]),
         ("torch._C._distributed_c10d", ["weights.collective"]),
-        ("torchrl", ["prompts", "outputs", "policy", "weights.scheme"]),
+        (
+            "torchrl",
+            [
+                "prompts",
+                "outputs",
+                "policy",
+                "rollout.chats",
+                "rollout.scoring",
+                "rollout.tokenizers",
+                "weights.scheme",
+            ],
+        ),
         ("sglang", []),
         ("sglang_router", []),
         (ROOT + ".cpu", []),
@@ -146,9 +157,15 @@ def test_one_home_for_each_outside_thing(package: str, homes: list[str]) -> None
     [
         ("errors", []),
         ("config", ["errors"]),
-        ("sampling", ["errors"]),
+        ("sampling_names", ["errors"]),
+        ("sampling", ["errors", "sampling_names"]),
+        ("completions", []),
         ("protocol", ["errors", "sampling"]),
-        ("info", ["errors", "protocol"]),
+        ("parsing", ["errors", "completions", "protocol"]),
+        ("partial", ["errors", "completions", "protocol"]),
+        ("features", ["errors", "protocol"]),
+        ("info", ["errors", "completions", "features", "protocol"]),
+        ("batching", ["errors"]),
         ("gate", ["errors"]),
         ("background", ["errors"]),
         # These run where torchrl_sglang is not installed.

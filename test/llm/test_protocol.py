@@ -27,7 +27,7 @@ from torchrl_sglang.info import (
     parse_worker_info,
     parse_worker_urls,
 )
-from torchrl_sglang.protocol import parse_completion
+from torchrl_sglang.parsing import parse_completion
 
 REQUEST = GenerateRequest(input_ids=(1, 2, 3), rid="r1")
 Change = Callable[[dict[str, Any]], object]
@@ -128,7 +128,7 @@ def test_a_whole_answer() -> None:
 
 
 def test_log_probs_that_were_not_asked_for() -> None:
-    request = GenerateRequest(input_ids=(1,), rid="r1", return_log_probs=False)
+    request = GenerateRequest(input_ids=(1, 2, 3), rid="r1", return_log_probs=False)
     completion = parse_completion(changed(without("output_token_logprobs")), request)
     assert completion.log_probs is None
 
@@ -256,7 +256,7 @@ def test_answers_that_must_not_be_trained_on(change: Change, says: str) -> None:
 
 @pytest.mark.parametrize("ids", ["789", [7, 8.5, 9]], ids=str)
 def test_output_ids_are_a_list_of_integers(ids: Any) -> None:
-    request = GenerateRequest(input_ids=(1,), rid="r1", return_log_probs=False)
+    request = GenerateRequest(input_ids=(1, 2, 3), rid="r1", return_log_probs=False)
     with pytest.raises(ResponseError):
         parse_completion(changed(lambda made: made.update(output_ids=ids)), request)
 

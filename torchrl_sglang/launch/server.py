@@ -23,6 +23,9 @@ CPU_DEFAULTS: dict[str, Any] = {
     "sleep_on_idle": True,
 }
 
+# The one LoRA backend that computes with torch alone.
+CPU_LORA_DEFAULTS: dict[str, Any] = {"lora_backend": "torch_native"}
+
 # Options that have an argument of their own; a second value through extra_args would be ambiguous.
 OWN_OPTIONS = {
     "model_path": "model_name",
@@ -65,10 +68,15 @@ def server_argv(config: ServerConfig, *, python: str, port: int, nccl_port: int)
         "ep_size": config.ep_size,
         "api_key": config.api_key,
         "admin_api_key": config.admin_api_key,
-        **(CPU_DEFAULTS if on_cpu else gpu_placement(config.cuda_devices)),
+        **(_cpu_defaults(config) if on_cpu else gpu_placement(config.cuda_devices)),
         **config.extra_args,
     }
     return [python, *entry, *flags(options)]
+
+
+def _cpu_defaults(config: ServerConfig) -> dict[str, Any]:
+    with_lora = config.extra_args.get("enable_lora") or config.extra_args.get("lora_paths")
+    return {**CPU_DEFAULTS, **(CPU_LORA_DEFAULTS if with_lora else {})}
 
 
 def gpu_placement(devices: tuple[int, ...] | None) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""Calls of many threads that share requests to the servers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from .errors import ConfigError, ServiceError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingConfig:
+    """When what was collected is sent.
+
+    Attributes:
+        min_size: items that are sent at once; fewer wait for more.
+        max_size: most items in one batch; None: all there are.
+        timeout_s: how long an item waits for others.
+    """
+
+    min_size: int = 1
+    max_size: int | None = None
+    timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("min_size", "max_size"):
+            value = getattr(self, name)
+            valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not valid and not (name == "max_size" and value is None):
+                raise ConfigError(f"{name.replace('size', 'batch_size')} must be >= 1: {value!r}.")
+        if self.max_size is not None and self.min_size > self.max_size:
+            raise ConfigError(
+                f"min_batch_size={self.min_size} is above max_batch_size={self.max_size}."
+            )
+        if isinstance(self.timeout_s, bool) or not self.timeout_s >= 0:
+            raise ConfigError(f"batching_timeout must be seconds >= 0, got {self.timeout_s!r}.")
+
+    @classmethod
+    def chosen(
+        cls, batching: bool | None, min_size: int | None, max_size: int | None, timeout_s: float
+    ) -> BatchingConfig | None:
+        """From the arguments that TorchRL's wrappers take; None: no batching.
+
+        Raises:
+            ConfigError: sizes without batching, or sizes that can't be.
+        """
+        sized = min_size is not None or max_size is not None
+        if batching is False and sized:
+            raise ConfigError("min_batch_size and max_batch_size belong to batching=True.")
+        if not batching and not sized:
+            return None
+        min_size = 1 if min_size is None else min_size
+        return cls(min_size=min_size, max_size=max_size, timeout_s=timeout_s)
+
+
+@dataclass
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    size: int
+    since: float
+    result: Future[Result] = field(default_factory=Future)
+
+
+class Batcher(Generic[Item, Result]):
+    """Collects items of many threads and runs them together. Safe to use from several threads.
+
+    No thread of its own: the caller whose item makes the batch whole, or whose time is up first,
+    runs the batch for all others in it. Several batches can be under way at once.
+
+    Args:
+        run: one result or exception per item, in order.
+        config: when what was collected is sent.
+    """
+
+    def __init__(
+        self, run: Callable[[list[Item]], list[Result | BaseException]], config: BatchingConfig
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._queue: list[_Waiting[Item, Result]] = []
+        self._changed = threading.Condition()
+
+    def call(self, item: Item, size: int) -> Result:
+        """The item's result; raises what its run raised.
+
+        Args:
+            item: what to run.
+            size: how many rows it counts for.
+        """
+        mine: _Waiting[Item, Result] = _Waiting(item, size, time.monotonic())
+        with self._changed:
+            self._queue.append(mine)
+            self._changed.notify_all()
+            batch = self._wait_for_batch(mine)
+        if batch:
+            self._run_batch(batch)
+        return mine.result.result()
+
+    @property
+    def num_waiting(self) -> int:
+        """Items that wait for others."""
+        return len(self._queue)
+
+    def _wait_for_batch(self, mine: _Waiting[Item, Result]) -> list[_Waiting[Item, Result]]:
+        """The batch that the caller has to run; empty where another thread took its item."""
+        deadline = mine.since + self._config.timeout_s
+        while mine in self._queue:
+            rows = sum(waiting.size for waiting in self._queue)
+            left = deadline - time.monotonic()
+            if rows >= self._config.min_size or left <= 0:
+                return self._take(mine)
+            self._changed.wait(left)
+        return []
+
+    def _take(self, mine: _Waiting[Item, Result]) -> list[_Waiting[Item, Result]]:
+        """Items up to the largest batch, the caller's among them; one item is never divided."""
+        most = self._config.max_size
+        batch, rows = [mine], mine.size
+        for waiting in self._queue:
+            if waiting is not mine and (most is None or rows + waiting.size <= most):
+                batch.append(waiting)
+                rows += waiting.size
+        self._queue = [waiting for waiting in self._queue if waiting not in batch]
+        return batch
+
+    def _run_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
+        try:
+            results = self._run([waiting.item for waiting in batch])
+        except BaseException as error:
+            for waiting in batch:
+                waiting.result.set_exception(_for_others(error))
+            raise
+        for waiting, result in zip(batch, results, strict=True):
+            if isinstance(result, BaseException):
+                waiting.result.set_exception(result)
+            else:
+                waiting.result.set_result(result)
+
+
+def _for_others(error: BaseException) -> BaseException:
+    """Ctrl-C in one thread must not look like Ctrl-C in another."""
+    if isinstance(error, Exception):
+        return error
+    return ServiceError(f"the thread that ran this batch was interrupted ({error!r}); call again.")

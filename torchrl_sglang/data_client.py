@@ -1,0 +1,211 @@
+"""Generation requests over HTTP: all at once, over one pool of connections."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aiohttp
+import orjson
+
+from .client import bearer, normalise_url, refusal
+from .completions import Completion
+from .config import Timeouts
+from .errors import ConnectError, RequestTimeoutError, ServerFailedError, ServiceError
+from .parsing import parse_completions
+from .protocol import GenerateRequest
+
+# Waits between the attempts of one request grow from the first to the last of these.
+FIRST_BACKOFF_S = 0.2
+LAST_BACKOFF_S = 5.0
+
+DESCRIPTORS_KEPT_FREE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Requests that are sent together.
+
+    Attributes:
+        requests: in the order in which completions come back.
+        cache_salt: separates prefixes cached under different weights; None sends none.
+        seeded: every sample needs a seed of its own, see `GenerateRequest.bodies`.
+    """
+
+    requests: Sequence[GenerateRequest]
+    cache_salt: str | None
+    seeded: bool = False
+
+
+class DataClient:
+    """Sends generation requests. Lives on one event loop.
+
+    Args:
+        url: router or server.
+        api_key: its key.
+        timeouts: bounds on waiting.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, timeouts: Timeouts) -> None:
+        self._base = normalise_url(url)
+        self._headers = {**bearer(api_key), "Content-Type": "application/json"}
+        self._timeouts = timeouts
+        self._session: aiohttp.ClientSession | None = None
+        self._attempt_rids: dict[str, str] = {}
+
+    async def generate_all(self, batch: Batch) -> list[Completion]:
+        """Completions in the order of the requests, the samples of one request together.
+
+        Raises:
+            RequestTimeoutError: not all answered within ``Timeouts.request_s``.
+            ServiceError: the first request that failed, with a note on which prompt it was; the
+                others are cancelled, which aborts them on the server.
+        """
+        groups: list[list[Completion]] = [[] for _ in batch.requests]
+
+        async def keep(index: int, completions: list[Completion]) -> None:
+            groups[index] = completions
+
+        await self._send_all(batch, keep)
+        return [completion for group in groups for completion in group]
+
+    async def generate_each(self, batch: Batch) -> list[list[Completion] | ServiceError]:
+        """For each request its completions or its own error; one failure leaves the others alone.
+
+        Raises:
+            RequestTimeoutError: not all answered within ``Timeouts.request_s``.
+        """
+        groups: list[list[Completion] | ServiceError] = [[] for _ in batch.requests]
+
+        async def one(index: int, request: GenerateRequest) -> None:
+            try:
+                groups[index] = await self._generate(request, batch, index)
+            except ServiceError as error:
+                groups[index] = error
+
+        await self._run_all(batch, one)
+        return groups
+
+    async def as_completed(self, batch: Batch) -> AsyncIterator[tuple[int, list[Completion]]]:
+        """Index and completions of each request as soon as it is finished; errors as above."""
+        done: asyncio.Queue[tuple[int, list[Completion]] | None] = asyncio.Queue()
+
+        async def put(index: int, completions: list[Completion]) -> None:
+            done.put_nowait((index, completions))
+
+        async def send() -> None:
+            try:
+                await self._send_all(batch, put)
+            finally:
+                done.put_nowait(None)
+
+        sender = asyncio.create_task(send())
+        try:
+            while (finished := await done.get()) is not None:
+                yield finished
+            await sender
+        finally:
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+
+    async def _send_all(
+        self, batch: Batch, finished: Callable[[int, list[Completion]], Awaitable[None]]
+    ) -> None:
+        async def one(index: int, request: GenerateRequest) -> None:
+            await finished(index, await self._generate(request, batch, index))
+
+        await self._run_all(batch, one)
+
+    async def _run_all(
+        self, batch: Batch, one: Callable[[int, GenerateRequest], Coroutine[Any, Any, None]]
+    ) -> None:
+        try:
+            async with asyncio.timeout(self._timeouts.request_s), asyncio.TaskGroup() as group:
+                for index, request in enumerate(batch.requests):
+                    group.create_task(one(index, request))
+        except TimeoutError as error:
+            raise RequestTimeoutError(
+                f"POST {self._base}/generate: not all of {len(batch.requests)} prompts were "
+                f"answered within {self._timeouts.request_s:g} s (Timeouts.request_s)."
+            ) from error
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _generate(
+        self, request: GenerateRequest, batch: Batch, index: int
+    ) -> list[Completion]:
+        """One request; sent again where the connection or the server failed, never after 4xx."""
+        clock = asyncio.get_running_loop().time
+        give_up, attempt, first_rid = None, 1, request.rid
+        try:
+            while True:
+                try:
+                    self._attempt_rids[first_rid] = request.rid
+                    return await self._post(request, batch)
+                except ServiceError as error:
+                    give_up = give_up or clock() + self._timeouts.retry_s
+                    backoff = min(FIRST_BACKOFF_S * 2 ** (attempt - 1), LAST_BACKOFF_S)
+                    retriable = isinstance(error, ServerFailedError | ConnectError)
+                    if not retriable or clock() + backoff > give_up:
+                        error.add_note(f"prompt {index} of the batch, attempt {attempt}")
+                        raise
+                await asyncio.sleep(backoff)
+                request = replace(request, rid=f"{first_rid[:32]}-{attempt}")
+                attempt += 1
+        finally:
+            self._attempt_rids.pop(first_rid, None)
+
+    def current_rids(self, rid: str) -> list[str]:
+        """The ids under which a request may be known to a server now."""
+        return [rid, *filter(None, [self._attempt_rids.get(rid)])]
+
+    async def _post(self, request: GenerateRequest, batch: Batch) -> list[Completion]:
+        base = request.session.worker_url if request.session is not None else self._base
+        url = base + "/generate"
+        body = orjson.dumps(request.bodies(batch.seeded, batch.cache_salt))
+        try:
+            async with self._pool().post(url, data=body) as response:
+                answer = await response.read()
+        except aiohttp.ClientConnectorError as error:
+            raise ConnectError(f"nothing answers at {url}: {error}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerFailedError(
+                f"POST {url}: the connection broke: {type(error).__name__}: {error}"
+            ) from error
+        if response.status >= 400:
+            raise refusal("POST", url, response.status, answer.decode(errors="replace"))
+        return parse_completions(_json(answer, url), request)
+
+    def _pool(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            limit = _max_connections()
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeouts.connect_s)
+            connector = aiohttp.TCPConnector(limit=limit, limit_per_host=limit)
+            self._session = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, headers=self._headers
+            )
+        return self._session
+
+    async def close(self) -> None:
+        """Closes the pool."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+def _json(answer: bytes, url: str) -> Any:
+    try:
+        return orjson.loads(answer)
+    except orjson.JSONDecodeError as error:
+        raise ServerFailedError(f"POST {url}: the answer is no JSON: {answer[:200]!r}") from error
+
+
+def _max_connections() -> int:
+    """As many connections as the process may have files open, less some for everything else."""
+    soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft_limit == resource.RLIM_INFINITY:
+        return 0  # aiohttp: no limit
+    return max(64, soft_limit - DESCRIPTORS_KEPT_FREE)

@@ -1,0 +1,241 @@
+"""The generating half of a service: blocking, awaited, or one completion after the other."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import queue
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from typing import Any
+
+from .background import BackgroundLoop
+from .completions import Completion
+from .config import Timeouts
+from .data_client import Batch, DataClient
+from .errors import EmptyBatchError, ServiceClosedError, ServiceError
+from .gate import ServiceState, UpdateGate
+from .protocol import GenerateRequest
+from .requests_in import to_requests
+from .sampling import SamplingParams
+from .served import ServedModel
+from .sessions import Session, Sessions
+
+Prompts = str | GenerateRequest | Sequence[int] | Sequence[str | Sequence[int] | GenerateRequest]
+
+
+class GeneratingModel(ServedModel):
+    """Generates with the servers behind a URL. Safe to use from several threads."""
+
+    timeouts: Timeouts
+
+    @property
+    @abc.abstractmethod
+    def gate(self) -> UpdateGate:
+        """Holds requests while weights change."""
+
+    @property
+    @abc.abstractmethod
+    def weight_version(self) -> str:
+        """Version of the weights that the servers run."""
+
+    @abc.abstractmethod
+    def _data_plane(self) -> tuple[BackgroundLoop, DataClient]:
+        """The event loop and the connection pool on it."""
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Completes one prompt, or many at once.
+
+        Args:
+            prompts: a text, token ids or a `GenerateRequest`; or a sequence of any of these.
+            sampling_params: how to sample; not with `GenerateRequest`, which brings its own.
+
+        Returns:
+            A `Completion` for one prompt, else a list of them in the order of the prompts. With
+            ``n`` samples, a list in which those of one prompt follow each other.
+
+        Raises:
+            InputError: an empty batch, an empty prompt, or one longer than the context.
+            UnsupportedOptionError: an option that the servers can't serve.
+            ServiceBrokenError: the last weight push failed.
+            ServiceError: refused, failed, timed out, or an answer that must not be trained on.
+        """
+        batch, single = to_requests(prompts, sampling_params)
+        completions = self.complete(batch)
+        return completions[0] if single and len(completions) == 1 else completions
+
+    async def agenerate(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Same as `generate`, awaited; cancelling it aborts its requests on the servers."""
+        batch, single = to_requests(prompts, sampling_params)
+        completions = await self.acomplete(batch)
+        return completions[0] if single and len(completions) == 1 else completions
+
+    def complete(self, batch: Sequence[GenerateRequest]) -> list[Completion]:
+        """Completes requests, all in flight at once; waits while a weight push is under way."""
+        with self._in_sessions(batch) as finished:
+            prepared = self._prepare(batch)
+            loop, data = self._data_plane()
+            finished += loop.run(data.generate_all(prepared))
+        return finished
+
+    def complete_each(
+        self, batch: Sequence[GenerateRequest]
+    ) -> list[list[Completion] | ServiceError]:
+        """Same as `complete`, but a request that fails leaves the others alone.
+
+        Returns:
+            For each request its completions, or its error.
+        """
+        prepared = self._prepare(batch)
+        loop, data = self._data_plane()
+        return loop.run(data.generate_each(prepared))
+
+    async def acomplete(self, batch: Sequence[GenerateRequest]) -> list[Completion]:
+        """Same as `complete`, awaited on any event loop."""
+        with self._in_sessions(batch) as finished:
+            # In a thread: it may wait for a weight push, or ask a server.
+            prepared = await asyncio.to_thread(self._prepare, batch)
+            loop, data = self._data_plane()
+            try:
+                finished += await asyncio.wrap_future(loop.submit(data.generate_all(prepared)))
+            except (asyncio.CancelledError, CancelledError):
+                if self.gate.state is ServiceState.CLOSED:
+                    raise ServiceClosedError("the service was shut down meanwhile.") from None
+                raise
+        return finished
+
+    def as_completed(
+        self, batch: Sequence[GenerateRequest]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yields the index of each request and its completions as soon as they are finished.
+
+        All are in flight at once. Leaving the loop early aborts the rest on the servers.
+
+        Raises:
+            as `generate`: when the first request fails, the others are aborted.
+        """
+        prepared = self._prepare(batch)
+        loop, data = self._data_plane()
+        return _iterate(loop, data, prepared)
+
+    async def aas_completed(
+        self, batch: Sequence[GenerateRequest]
+    ) -> AsyncIterator[tuple[int, list[Completion]]]:
+        """Same as `as_completed`, for ``async for``."""
+        prepared = await asyncio.to_thread(self._prepare, batch)
+        loop, data = self._data_plane()
+        iterator = _iterate(loop, data, prepared)
+        try:
+            while (finished := await asyncio.to_thread(next, iterator, None)) is not None:
+                yield finished
+        finally:
+            await asyncio.to_thread(iterator.close)
+
+    def abort(self, rid: str | None = None) -> None:
+        """Aborts one request, or every request of every client.
+
+        What it had generated comes back where the request has ``partial_allowed``; other requests
+        raise `RequestAbortedError`.
+
+        Args:
+            rid: id of the request; None aborts all.
+
+        Raises:
+            ServiceError: a server did not take the order.
+        """
+        _, data = self._data_plane()
+        rids = [""] if rid is None else data.current_rids(rid)
+        for worker in self.workers:
+            for one in rids:
+                worker.post("/abort_request", {"rid": one, "abort_all": rid is None})
+
+    def _prepare(self, batch: Sequence[GenerateRequest]) -> Batch:
+        """Checks requests against the servers and waits for the weights to be whole."""
+        self.check(batch)
+        self.gate.wait_until_open(self.timeouts.request_s)
+        seeded = self.info.features.deterministic
+        return Batch(requests=batch, cache_salt=self._cache_salt(), seeded=seeded)
+
+    def check(self, batch: Sequence[GenerateRequest]) -> None:
+        """Raises for requests that the servers can't serve, before anything is sent.
+
+        Raises:
+            InputError: an empty batch, or a prompt longer than the context.
+            UnsupportedOptionError: an option that the servers can't serve.
+        """
+        if not batch:
+            raise EmptyBatchError("the batch has no prompt.")
+        infos = self.cluster.infos
+        infos[0].check_prompt_lengths(batch)
+        for features in {info.features for info in infos}:
+            for request in batch:
+                features.check(request)
+        self._check_adapters(batch)
+
+    def _check_adapters(self, batch: Sequence[GenerateRequest]) -> None:
+        """A name that no server has loaded: SGLang itself would go and load it again."""
+
+    @contextlib.contextmanager
+    def _in_sessions(self, batch: Sequence[GenerateRequest]) -> Iterator[list[Completion]]:
+        """Tells sessions how their requests ended: with what is in the list, or not at all."""
+        completions: list[Completion] = []
+        try:
+            yield completions
+        finally:
+            if any(request.session is not None for request in batch):
+                self.sessions.finish(batch, completions or None)
+
+    def open_session(self, *, timeout_s: float | None = None) -> Session:
+        """Opens a conversation that one server holds; see `Session`.
+
+        Args:
+            timeout_s: seconds without a request after which the server closes it by itself.
+
+        Raises:
+            ServiceError: the server opened none.
+        """
+        return self.sessions.open(self.workers, timeout_s=timeout_s)
+
+    @property
+    @abc.abstractmethod
+    def sessions(self) -> Sessions:
+        """The sessions that this service opened; closed with it."""
+
+    def _cache_salt(self) -> str | None:
+        """Separates prefixes cached under different weights, where the servers can."""
+        if not self.info.capabilities.cache_salt:
+            return None
+        return f"weights-{self.weight_version}"
+
+
+def _iterate(
+    loop: BackgroundLoop, data: DataClient, batch: Batch
+) -> Generator[tuple[int, list[Completion]], None, None]:
+    """Moves what finishes on the event loop to the caller's thread."""
+    finished: queue.SimpleQueue[tuple[int, list[Completion]] | None] = queue.SimpleQueue()
+
+    async def send() -> None:
+        try:
+            async for one in data.as_completed(batch):
+                finished.put(one)
+        finally:
+            finished.put(None)
+
+    sender = loop.submit(send())
+    try:
+        while (one := finished.get()) is not None:
+            yield one
+        sender.result()
+    except CancelledError:
+        raise ServiceClosedError("the service was shut down while it generated.") from None
+    finally:
+        sender.cancel()

@@ -1,0 +1,192 @@
+"""The strict reading of what ``/generate`` answers. Needs only the standard library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .completions import INITIAL_VERSION, Completion, VersionSpan
+from .errors import RequestAbortedError, ResponseError
+from .protocol import GenerateRequest
+
+NAN = float("nan")
+
+
+def parse_completions(answer: object, request: GenerateRequest) -> list[Completion]:
+    """Reads the answer to one non-streaming ``/generate``: one completion per sample.
+
+    Raises:
+        ResponseError: something is missing, of another length, not finite, or of another request.
+        RequestAbortedError: the engine aborted the request, which does not allow partial answers.
+    """
+    several = request.num_samples > 1
+    answers = answer if several and isinstance(answer, list) else [answer]
+    if len(answers) != request.num_samples:
+        raise ResponseError(
+            f"request {request.rid}: {len(answers)} completions instead of {request.num_samples}."
+        )
+    try:
+        return [_parse(one, request, index) for index, one in enumerate(answers)]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ResponseError(
+            f"request {request.rid}: the answer lacks what was asked for "
+            f"({type(error).__name__}: {error}); it begins {str(answer)[:200]!r}."
+        ) from error
+
+
+def parse_completion(answer: object, request: GenerateRequest) -> Completion:
+    """Reads the answer to a request of one sample; errors as in `parse_completions`."""
+    return parse_completions(answer, request)[0]
+
+
+def _parse(answer: Any, request: GenerateRequest, index: int) -> Completion:
+    meta, output_ids = answer["meta_info"], answer["output_ids"]
+    _check_id(meta["id"], request, index)
+    reason = meta["finish_reason"]
+    kind = reason["type"]
+    if kind == "abort" and not request.partial_allowed:
+        raise RequestAbortedError(
+            f"request {request.rid} was aborted after {len(output_ids)} tokens: "
+            f"{reason.get('message', 'no reason given')}"
+        )
+    if kind not in ("stop", "length", "abort"):
+        raise ResponseError(f"request {request.rid}: unknown finish reason {reason!r}.")
+    _check_ids(output_ids, meta, request, may_be_empty=kind == "abort" or request.scoring)
+    _check_prompt(meta["prompt_tokens"], request)
+    returns = request.returns
+    log_probs = _output_log_probs(meta, output_ids, request) if request.return_log_probs else None
+    mask = _sampling_mask(meta, output_ids, request) if returns.sampling_mask else (None, None)
+    return Completion(
+        rid=meta["id"],
+        output_ids=output_ids,
+        log_probs=log_probs,
+        text=answer.get("text"),
+        finish_type=kind,
+        matched_stop=reason.get("matched"),
+        prompt_tokens=meta["prompt_tokens"],
+        cached_tokens=meta.get("cached_tokens", 0),
+        version_spans=_version_spans(meta, len(output_ids), request),
+        latency_s=meta.get("e2e_latency"),
+        input_log_probs=_input_log_probs(meta, request) if returns.input_log_probs else None,
+        top_log_probs=_top_log_probs(meta, output_ids, request) if returns.top_log_probs else None,
+        sampling_mask=mask[0],
+        sampling_log_probs=mask[1],
+        hidden_states=_asked(meta, "hidden_states", request) if returns.hidden_states else None,
+        routed_experts=_asked(meta, "routed_experts", request) if returns.routed_experts else None,
+    )
+
+
+def _check_id(given: object, request: GenerateRequest, index: int) -> None:
+    """The server makes ids of its own for the samples of its own ``n``."""
+    if request.num_samples == 1 and given != request.rid:
+        raise ResponseError(f"request {request.rid} got the answer of request {given!r}.")
+    if not isinstance(given, str):
+        raise ResponseError(f"request {request.rid}, sample {index}: has no id, but {given!r}.")
+
+
+def _check_ids(
+    output_ids: Any, meta: Mapping[str, Any], request: GenerateRequest, *, may_be_empty: bool
+) -> None:
+    if not isinstance(output_ids, list) or not set(map(type, output_ids)) <= {int}:
+        raise ResponseError(f"request {request.rid}: output ids are no list of integers.")
+    if len(output_ids) != meta["completion_tokens"] or not (output_ids or may_be_empty):
+        raise ResponseError(
+            f"request {request.rid}: {len(output_ids)} output ids, "
+            f"completion_tokens={meta['completion_tokens']}."
+        )
+
+
+def _check_prompt(prompt_tokens: int, request: GenerateRequest) -> None:
+    """The server adds tokens for media and for what a session holds, and to nothing else."""
+    if request.input_ids is None or request.media is not None or request.session is not None:
+        return
+    if prompt_tokens != len(request.input_ids):
+        raise ResponseError(
+            f"request {request.rid} has {len(request.input_ids)} prompt tokens; the answer is of a "
+            f"prompt of {prompt_tokens}."
+        )
+
+
+def _output_log_probs(
+    meta: Mapping[str, Any], output_ids: Sequence[int], request: GenerateRequest
+) -> list[float]:
+    rows = meta["output_token_logprobs"]
+    if [row[1] for row in rows] != output_ids:
+        raise ResponseError(
+            f"request {request.rid}: log-probs for {len(rows)} tokens do not belong to the "
+            f"{len(output_ids)} output ids."
+        )
+    return _finite([row[0] for row in rows], request)
+
+
+def _input_log_probs(meta: Mapping[str, Any], request: GenerateRequest) -> list[float]:
+    """Log-probs of the prompt; the first token has none."""
+    rows = meta["input_token_logprobs"]
+    ids = [row[1] for row in rows]
+    expected = list(request.input_ids) if request.input_ids is not None else ids
+    if ids != expected or len(ids) != meta["prompt_tokens"]:
+        raise ResponseError(
+            f"request {request.rid}: log-probs for {len(ids)} prompt tokens do not belong to the "
+            f"{meta['prompt_tokens']} ids of the prompt."
+        )
+    return [NAN, *_finite([row[0] for row in rows[1:]], request)]
+
+
+def _top_log_probs(
+    meta: Mapping[str, Any], output_ids: Sequence[int], request: GenerateRequest
+) -> list[list[tuple[float, int]]]:
+    positions = meta["output_top_logprobs"]
+    if len(positions) != len(output_ids):
+        raise ResponseError(
+            f"request {request.rid}: top log-probs for {len(positions)} positions, not for the "
+            f"{len(output_ids)} output ids."
+        )
+    return [[(row[0], row[1]) for row in position] for position in positions]
+
+
+def _sampling_mask(
+    meta: Mapping[str, Any], output_ids: Sequence[int], request: GenerateRequest
+) -> tuple[list[list[int]], list[float]]:
+    kept = meta["output_token_sampling_mask"]
+    log_probs = meta["output_token_sampling_logprobs"]
+    if len(kept) != len(output_ids) or len(log_probs) != len(output_ids):
+        raise ResponseError(
+            f"request {request.rid}: {len(kept)} sampling masks and {len(log_probs)} log-probs "
+            f"for {len(output_ids)} output ids."
+        )
+    for token, ids in zip(output_ids, kept, strict=True):
+        if token not in ids:
+            raise ResponseError(f"request {request.rid}: token {token} is not in its own mask.")
+    return kept, _finite(log_probs, request)
+
+
+def _finite(log_probs: list[float], request: GenerateRequest) -> list[float]:
+    if not math.isfinite(sum(log_probs)):
+        raise ResponseError(f"request {request.rid}: a log-prob is not finite.")
+    return log_probs
+
+
+def _asked(meta: Mapping[str, Any], name: str, request: GenerateRequest) -> Any:
+    value = meta.get(name)
+    if value is None:
+        raise ResponseError(f"request {request.rid}: {name} were asked for and did not come.")
+    return value
+
+
+def _version_spans(
+    meta: Mapping[str, Any], num_tokens: int, request: GenerateRequest
+) -> tuple[VersionSpan, ...]:
+    spans = meta.get("weight_versions")
+    if not spans:
+        version = meta.get("weight_version", INITIAL_VERSION)
+        return (VersionSpan(version=version, start=0, end=num_tokens),)
+    parsed = tuple(VersionSpan(version=s["version"], start=s["start"], end=s["end"]) for s in spans)
+    bounds = [0, *(span.end for span in parsed)]
+    if bounds[-1] != num_tokens or any(
+        s.start != b or s.end < b for s, b in zip(parsed, bounds[:-1], strict=True)
+    ):
+        raise ResponseError(
+            f"request {request.rid}: version spans {spans} do not cover {num_tokens} tokens."
+        )
+    return parsed

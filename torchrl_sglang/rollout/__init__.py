@@ -1,0 +1,1 @@
+"""What happens to prompts and completions on either side of the servers."""

@@ -1,0 +1,159 @@
+"""One call of the policy: from its TensorDict to requests, and from completions to its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tensordict import LazyStackedTensorDict, TensorDictBase
+
+from ..batching import Batcher, BatchingConfig
+from ..completions import Completion
+from ..errors import EmptyBatchError, InputError, ServiceError
+from ..outputs import build_outputs, content, decode_responses, make_rows
+from ..prompts import Prompts, read_prompts
+from ..protocol import GenerateRequest
+from ..service import AsyncSGLang
+from .facts import add_info
+from .row_requests import CallOptions, check_log_probs, make_requests, read_row_options
+from .scoring import build_scores, check_scoring
+from .setup import Settled, flattened, text_options, unflattened
+from .turns import Turn, chat_key
+
+Groups = list[list[Completion] | ServiceError]
+
+
+def shared_batcher(
+    service: AsyncSGLang, config: BatchingConfig | None
+) -> Batcher[Sequence[GenerateRequest], Groups] | None:
+    """What lets several threads share requests; None where they are not to."""
+    if config is None:
+        return None
+
+    def run(items: list[Sequence[GenerateRequest]]) -> list[Groups | BaseException]:
+        groups = iter(service.complete_each([request for item in items for request in item]))
+        return [[next(groups) for _ in item] for item in items]
+
+    return Batcher(run, config)
+
+
+class Call:
+    """One call of the policy.
+
+    Attributes:
+        requests: what to send, one per row of the flattened input.
+    """
+
+    def __init__(
+        self,
+        td: TensorDictBase,
+        settled: Settled,
+        service: AsyncSGLang,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        if td.numel() == 0:
+            raise EmptyBatchError(f"the batch is empty: batch size {tuple(td.batch_size)}.")
+        self._batch_size = td.batch_size
+        self._settled = settled
+        self._options = updated_options(settled.call, kwargs, settled)
+        flat = flattened(td)
+        self._prompts = read_prompts(flat, settled.prompts)
+        self.requests = self._make_requests(flat, service)
+
+    def _make_requests(self, flat: TensorDictBase, service: AsyncSGLang) -> list[GenerateRequest]:
+        if not self._settled.generate:
+            return [
+                GenerateRequest(input_ids=tuple(ids), scoring=True, lora=self._options.lora)
+                for ids in self._prompts.ids
+            ]
+        rows = read_row_options(flat, self._settled.sampling_key)
+        return make_requests(self._prompts, rows, self._options, service)
+
+    def outputs(self, completions: Sequence[Completion]) -> TensorDictBase:
+        """The outputs, in the input's batch dimensions (and one of samples)."""
+        settled, prompts = self._settled, self._prompts
+        if not settled.generate:
+            scores = build_scores(prompts, completions, settled.outputs)
+            return unflattened(scores, self._batch_size, None)
+        if self._options.sampling.n > 1:
+            prompts = repeated(prompts, self._options.sampling.n)
+        out = self._rows(prompts, exact(completions, self._options))
+        return unflattened(out, self._batch_size, settled.num_samples)
+
+    def _rows(self, prompts: Prompts, completions: Sequence[Completion]) -> LazyStackedTensorDict:
+        settled = self._settled
+        spec = replace(settled.outputs, text=text_options(self._options.sampling))
+        rows = make_rows(prompts, completions, spec)
+        out = build_outputs(rows, prompts, completions, spec)
+        add_info(out, rows, completions, settled.info)
+        self._keep_turns(prompts, completions)
+        return out
+
+    def _keep_turns(self, prompts: Prompts, completions: Sequence[Completion]) -> None:
+        """Remembers the tokens of this turn, for prompts that go on from it."""
+        if prompts.chats is None or prompts.texts is None:
+            return
+        tokenizer, memory = self._settled.tokenizer, self._settled.prompts.memory
+        special = set(tokenizer.all_special_ids)
+        decoded = decode_responses(completions, tokenizer)
+        for row, (completion, text) in enumerate(zip(completions, decoded, strict=True)):
+            if not completion.output_ids:
+                continue
+            last = completion.output_ids[-1]
+            answer = {"role": "assistant", "content": content(text, completion, tokenizer)}
+            turn = Turn(
+                ids=[*prompts.ids[row], *completion.output_ids],
+                text=prompts.texts[row] + text,
+                ending=tokenizer.decode([last]) if last in special else "",
+            )
+            memory.keep(chat_key([*prompts.chats[row], answer]), turn)
+
+
+def updated_options(
+    options: CallOptions, kwargs: Mapping[str, Any], settled: Settled
+) -> CallOptions:
+    """The call's own options, laid over those of the wrapper."""
+    if not kwargs:
+        return options
+    own = dict(kwargs)
+    lora = own.pop("lora", options.lora)
+    processor = own.pop("processor", options.processor)
+    sampling = options.sampling.updated(own)
+    options = replace(options, sampling=sampling, lora=lora, processor=processor)
+    if not settled.generate:
+        check_scoring(sampling)
+        return options
+    if sampling.n != (settled.num_samples or 1):
+        raise InputError(
+            f"n={sampling.n} would change the shape of the outputs, which num_samples="
+            f"{settled.num_samples} gives: use get_new_version(num_samples={sampling.n})."
+        )
+    check_log_probs(options)
+    return options
+
+
+def exact(completions: Sequence[Completion], options: CallOptions) -> Sequence[Completion]:
+    """In corrected mode, log-probs of the distribution that was sampled from."""
+    if options.log_probs_mode != "corrected":
+        return completions
+    return [
+        c if c.sampling_log_probs is None else replace(c, log_probs=c.sampling_log_probs)
+        for c in completions
+    ]
+
+
+def repeated(prompts: Prompts, count: int) -> Prompts:
+    """Every prompt ``count`` times, one after the other."""
+
+    def each(values: Any) -> Any:
+        return None if values is None else [value for value in values for _ in range(count)]
+
+    history = prompts.history
+    if history is not None:
+        from tensordict import lazy_stack
+
+        history = lazy_stack(each(history.unbind(0)))
+    return Prompts(
+        ids=each(prompts.ids), texts=each(prompts.texts), history=history, chats=each(prompts.chats)
+    )

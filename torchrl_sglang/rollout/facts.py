@@ -1,0 +1,181 @@
+"""What a completion says of itself: why it ended, which weights sampled it, and extras."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDict
+
+from ..completions import INITIAL_VERSION, Completion
+from ..errors import ConfigError, UnsupportedOptionError
+from ..outputs import Rows
+from ..protocol import Returns
+
+NO_VERSION = -1  # at prompt tokens and padding, and where a server's version is no number
+
+# Extras that take a value, and those that are on or off.
+EXTRAS = (
+    "top_log_probs",
+    "input_log_probs",
+    "sampling_mask",
+    "hidden_states",
+    "routed_experts",
+    "cached_tokens",
+    "request_id",
+    "latency",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoSpec:
+    """What is written into one nested TensorDict.
+
+    ``finish_reason``: ``"stop"``, ``"length"`` or ``"abort"`` per row; ``weight_version``: version
+    that sampled the row's last token, int64 ``[]``; ``policy_version``: version that sampled each
+    token, int64 ``[P + R]``, -1 at prompt tokens; and what ``extras`` names.
+
+    Attributes:
+        key: where the TensorDict goes; None leaves it out.
+        extras: what else is wanted, and ``top_log_probs``'s k.
+    """
+
+    key: NestedKey | None
+    extras: dict[str, int] = field(default_factory=dict)
+
+    def returns(self) -> Returns:
+        """What has to be asked of the server."""
+        extras = self.extras
+        return Returns(
+            input_log_probs="input_log_probs" in extras,
+            top_log_probs=extras.get("top_log_probs", 0),
+            sampling_mask="sampling_mask" in extras,
+            hidden_states="hidden_states" in extras,
+            routed_experts="routed_experts" in extras,
+        )
+
+
+def parse_extras(given: Any) -> dict[str, int]:
+    """A sequence of names, or a mapping of names to True, False or a number.
+
+    Raises:
+        UnsupportedOptionError: an unknown name.
+        ConfigError: a value that is none.
+    """
+    pairs = given.items() if hasattr(given, "items") else ((name, True) for name in given or ())
+    extras: dict[str, int] = {}
+    for name, value in pairs:
+        if name not in EXTRAS:
+            raise UnsupportedOptionError(f"extra {name!r} is unknown; known are {list(EXTRAS)}.")
+        if not isinstance(value, bool | int) or value < 0:
+            raise ConfigError(f"extras[{name!r}]={value!r}: must be True, False or a number.")
+        if name == "top_log_probs" and value is True:
+            raise ConfigError("extras: say how many, as in {'top_log_probs': 5}.")
+        if value:
+            extras[name] = int(value)
+    return extras
+
+
+def add_info(
+    out: LazyStackedTensorDict, rows: Rows, completions: Sequence[Completion], spec: InfoSpec
+) -> None:
+    """Writes into ``out``, one row per completion."""
+    if spec.key is None:
+        return
+    info = TensorDict(batch_size=out.batch_size).to_lazystack(0)
+    info.set("finish_reason", [c.finish_type for c in completions])
+    versions = [version_number(c.weight_version) for c in completions]
+    info.set("weight_version", torch.tensor(versions))
+    unknown = [torch.full_like(prompt, NO_VERSION) for prompt in rows.prompts]
+    sampled = [token_versions(c) for c in completions]
+    info.set("policy_version", rows.layout(unknown, sampled, NO_VERSION)[2])
+    for name in spec.extras:
+        for key, values in _EXTRA_VALUES[name](completions, rows).items():
+            info.set(key, values)
+    out.set(spec.key, info)
+
+
+def version_number(version: str) -> int:
+    """A version as a number: 0 for the weights that a server loaded itself."""
+    if version == INITIAL_VERSION:
+        return 0
+    return int(version) if version.isdecimal() else NO_VERSION
+
+
+def token_versions(completion: Completion) -> torch.Tensor:
+    """The version that sampled each token, int64 ``[R]``."""
+    versions = torch.empty(len(completion.output_ids), dtype=torch.int64)
+    for span in completion.version_spans:
+        versions[span.start : span.end] = version_number(span.version)
+    return versions
+
+
+def _top(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
+    """``top_log_probs`` float32 and ``top_token_ids`` int64, ``[R, k]``."""
+    tables = [torch.tensor(c.top_log_probs, dtype=torch.float64) for c in completions]
+    return {
+        "top_log_probs": [table[..., 0].float() for table in tables],
+        "top_token_ids": [table[..., 1].long() for table in tables],
+    }
+
+
+def _masks(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
+    """Ids kept at each position, one after the other, and where each position's begin.
+
+    ``sampling_mask_ids`` int64 ``[sum of counts]``, ``sampling_mask_offsets`` int64 ``[R + 1]``:
+    position ``i`` kept ``ids[offsets[i]:offsets[i + 1]]``.
+    """
+    ids, offsets = [], []
+    for completion in completions:
+        kept = completion.sampling_mask or []
+        counts = torch.tensor([0, *map(len, kept)])
+        ids.append(torch.tensor([i for position in kept for i in position], dtype=torch.int64))
+        offsets.append(counts.cumsum(0))
+    return {"sampling_mask_ids": ids, "sampling_mask_offsets": offsets}
+
+
+def _hidden_states(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
+    """``hidden_states`` float32 ``[R, hidden]``: what each token was sampled from.
+
+    The server sends the prompt's states first, without those of a cached prefix; their last row is
+    what the first token was sampled from.
+    """
+    states = []
+    for completion in completions:
+        prompt, *sampled = completion.hidden_states or [[]]
+        states.append(torch.tensor([prompt[-1], *sampled])[: len(completion.output_ids)])
+    return {"hidden_states": states}
+
+
+def _routed_experts(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
+    """``routed_experts`` int32 ``[P + R - 1, layers * experts per token]``."""
+    experts = []
+    for completion, prompt in zip(completions, rows.prompts, strict=True):
+        raw = bytearray(base64.b64decode(completion.routed_experts or ""))
+        num_tokens = len(prompt) + len(completion.output_ids) - 1
+        experts.append(torch.frombuffer(raw, dtype=torch.int32).reshape(num_tokens, -1))
+    return {"routed_experts": experts}
+
+
+def _latency(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
+    values = [NAN if c.latency_s is None else c.latency_s for c in completions]
+    return {"latency_s": torch.tensor(values, dtype=torch.float32)}
+
+
+NAN = float("nan")
+
+_EXTRA_VALUES = {
+    "top_log_probs": _top,
+    "input_log_probs": lambda completions, rows: {},  # they go into `LogProbs.prompt`
+    "sampling_mask": _masks,
+    "hidden_states": _hidden_states,
+    "routed_experts": _routed_experts,
+    "cached_tokens": lambda completions, rows: {
+        "cached_tokens": torch.tensor([c.cached_tokens for c in completions])
+    },
+    "request_id": lambda completions, rows: {"request_id": [c.rid for c in completions]},
+    "latency": _latency,
+}

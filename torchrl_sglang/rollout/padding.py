@@ -1,0 +1,82 @@
+"""Rows of ids without their padding, from ragged stacks, nested tensors and padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
+
+from ..errors import InputError
+
+
+def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
+    """One 1-D tensor per row; None where the key is missing."""
+    if isinstance(td, LazyStackedTensorDict):
+        stacked: list[torch.Tensor] | None = td.get(key, None, as_list=True)
+        return None if stacked is None or stacked[0] is None else stacked
+    value = td.get(key, None)
+    return None if value is None else list(value.unbind(0))
+
+
+def attention_masks(
+    td: TensorDictBase, masks_key: NestedKey | None, plain_key: NestedKey | None
+) -> list[torch.Tensor] | None:
+    """The masks of a `Masks` object, else those under a key of their own."""
+    keys: list[NestedKey] = [] if plain_key is None else [plain_key]
+    if masks_key is not None:
+        base = masks_key if isinstance(masks_key, tuple) else (masks_key,)
+        keys.insert(0, (*base, "all_attention_mask"))
+    for key in keys:
+        masks = rows_of(td, key)
+        if masks is not None:
+            return masks
+    return None
+
+
+def masks_or_none(
+    td: TensorDictBase, masks_key: NestedKey | None, plain_key: NestedKey | None, num_rows: int
+) -> Sequence[torch.Tensor | None]:
+    """Same as `attention_masks`, with None for every row where there are none."""
+    return attention_masks(td, masks_key, plain_key) or [None] * num_rows
+
+
+def check_ids(rows: Sequence[Any], key: NestedKey) -> None:
+    """Raises `InputError` for rows that are no token ids."""
+    for index, row in enumerate(rows):
+        if not isinstance(row, torch.Tensor) or row.dtype.is_floating_point or row.ndim != 1:
+            raise InputError(
+                f"{key!r} should hold integer token ids of shape [batch, time], ragged "
+                f"or padded; row {index} is {_describe(row)}."
+            )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def strip_padding(
+    row: torch.Tensor, mask: torch.Tensor | None, pad_id: int | None, eos_id: int | None = None
+) -> list[int]:
+    """The ids of one row without its padding.
+
+    A mask of another length belongs to something else (the full sequence of a turn before) and says
+    nothing of this row. Without a mask only pads at the ends are dropped: inside, a pad id may be
+    an EOS that was sampled. Where EOS is the pad, one EOS stays at the end: it may have been
+    sampled, and only a mask can tell.
+    """
+    if mask is not None and mask.shape == row.shape:
+        attended: list[int] = row[mask.bool()].tolist()
+        return attended
+    ids: list[int] = row.tolist()
+    start, end = 0, len(ids)
+    while start < end and ids[start] == pad_id:
+        start += 1
+    while end > start and ids[end - 1] == pad_id:
+        end -= 1
+    if start < end < len(ids) and pad_id == eos_id:
+        end += 1
+    return ids[start:end]

@@ -1,0 +1,204 @@
+"""From prompts to requests: what holds for the whole call, and what each row says for itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+
+from ..errors import ConfigError, InputError, UnsupportedOptionError
+from ..features import Features
+from ..processors import allowed_tokens, combined
+from ..prompts import Prompts
+from ..protocol import GenerateRequest, LogitProcessor, Returns
+from ..sampling import SamplingParams
+from .media import Media, media_of
+
+LogProbsMode = Literal["reported", "corrected", "strict"]
+LOG_PROBS_MODES: tuple[LogProbsMode, ...] = ("reported", "corrected", "strict")
+
+# What a row can say beside sampling options.
+ROW_OPTIONS = ("action_mask", "lora", "session")
+
+
+class BehaviourLogProbWarning(UserWarning):
+    """The reported log-probs are not those of the distribution that was sampled from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """What holds for every row of a call, unless the row says otherwise.
+
+    Attributes:
+        sampling: how to sample.
+        log_probs_mode: which log-probs come back, see `SGLangWrapper`; None reports and warns.
+        return_log_probs: whether any come back.
+        returns: what else comes back.
+        processor: a change to the logits.
+        lora: name of a LoRA adapter.
+        partial_allowed: aborted rows come back as far as they got.
+    """
+
+    sampling: SamplingParams
+    log_probs_mode: LogProbsMode | None
+    return_log_probs: bool
+    returns: Returns
+    processor: LogitProcessor | None = None
+    lora: str | None = None
+    partial_allowed: bool = False
+
+
+def check_log_probs_mode(mode: Any) -> LogProbsMode | None:
+    """Raises `ConfigError` for an unknown mode."""
+    if mode is None or mode in LOG_PROBS_MODES:
+        known: LogProbsMode | None = mode
+        return known
+    raise ConfigError(f"log_probs_mode must be one of {LOG_PROBS_MODES}, got {mode!r}.")
+
+
+def check_log_probs(options: CallOptions) -> None:
+    """Tells of log-probs that are not the behaviour policy's, or refuses them.
+
+    Raises:
+        UnsupportedOptionError: in strict mode, for a setting whose log-probs are not exact.
+    """
+    sampling = options.sampling
+    if not options.return_log_probs or options.log_probs_mode in ("reported", "corrected"):
+        return
+    if options.log_probs_mode == "strict":
+        inexact = [*sampling.truncates, *(["temperature=0"] if sampling.temperature == 0 else [])]
+        if inexact:
+            raise UnsupportedOptionError(
+                f"log_probs_mode='strict' refuses {', '.join(inexact)}: the log-probs that SGLang "
+                "reports are those before truncation, and of sampling where it is greedy. Use "
+                "log_probs_mode='corrected', or sample from the whole distribution."
+            )
+    elif sampling.truncates:
+        warnings.warn(
+            f"{', '.join(sampling.truncates)} truncate the distribution that is sampled from, but "
+            "the log-probs that SGLang reports are those before truncation: importance ratios "
+            "computed from them are biased. Use log_probs_mode='corrected', or 'reported' if that "
+            "is what you want.",
+            BehaviourLogProbWarning,
+            stacklevel=4,
+        )
+
+
+def make_requests(
+    prompts: Prompts, row_options: Sequence[Mapping[str, Any]], options: CallOptions, service: Any
+) -> list[GenerateRequest]:
+    """One request per prompt; errors as in `row_request`."""
+    features: Features = service.info.features
+    if options.log_probs_mode == "corrected":
+        options = corrected(options, features)
+    media = _media(prompts)
+    plain: dict[str, Any] = {
+        "sampling": options.sampling,
+        "return_log_probs": options.return_log_probs,
+        "returns": options.returns,
+        "processor": options.processor,
+        "lora": options.lora,
+        "partial_allowed": options.partial_allowed,
+    }
+    requests = []
+    for index, ids in enumerate(prompts.ids):
+        fields = plain
+        if row_options and row_options[index]:
+            fields = _row_fields(row_options[index], options, features, index)
+        if fields.get("session") is not None:
+            request = service.sessions.request(ids, **fields)
+        else:
+            request = GenerateRequest(input_ids=tuple(ids), media=media[index], **fields)
+        requests.append(request)
+    return requests
+
+
+def _media(prompts: Prompts) -> Sequence[Media | None]:
+    if prompts.chats is None:
+        return [None] * len(prompts.ids)
+    return [media_of(messages) for messages in prompts.chats]
+
+
+def _row_fields(
+    row: Mapping[str, Any], options: CallOptions, features: Features, index: int
+) -> dict[str, Any]:
+    """A row's own options, laid over the call's."""
+    try:
+        own = {k: v for k, v in row.items() if k not in ROW_OPTIONS}
+        changed = replace(options, sampling=options.sampling.updated(own)) if own else options
+        if own:
+            check_log_probs(changed)
+        if changed.log_probs_mode == "corrected":
+            changed = corrected(changed, features)
+        processor = options.processor
+        if row.get("action_mask") is not None:
+            mask = allowed_tokens(row["action_mask"])
+            processor = mask if processor is None else combined(processor, mask)
+    except (ConfigError, InputError) as error:
+        error.add_note(f"row {index} of the batch")
+        raise
+    if changed.sampling.n != options.sampling.n:
+        raise UnsupportedOptionError(
+            f"row {index} has n={changed.sampling.n}, the call {options.sampling.n}: every row of "
+            "a batch has the same number of samples."
+        )
+    return {
+        "sampling": changed.sampling,
+        "return_log_probs": changed.return_log_probs,
+        "returns": changed.returns,
+        "processor": processor,
+        "lora": row.get("lora", options.lora),
+        "session": row.get("session"),
+        "partial_allowed": options.partial_allowed,
+    }
+
+
+def corrected(options: CallOptions, features: Features) -> CallOptions:
+    """Asks for the log-prob among the tokens kept, wherever that differs from the reported one.
+
+    SGLang computes it only with a finite ``top_k``: without one, the largest that the servers take
+    is set, and is accounted for like any other.
+    """
+    sampling = options.sampling
+    if not options.return_log_probs or not (sampling.truncates or sampling.temperature == 0):
+        return options
+    if sampling.top_k == -1 and features.sampling_mask_tokens:
+        sampling = replace(sampling, top_k=features.sampling_mask_tokens)
+    return replace(options, sampling=sampling, returns=replace(options.returns, sampling_mask=True))
+
+
+def read_row_options(td: TensorDictBase, key: NestedKey | None) -> list[dict[str, Any]]:
+    """Each row's options under ``key``; an empty list where there are none.
+
+    Raises:
+        InputError: something that does not hold one value per row.
+    """
+    options = None if key is None else td.get(key, None)
+    if options is None:
+        return []
+    if not hasattr(options, "keys") or options.batch_size[: td.ndim] != td.batch_size:
+        raise InputError(
+            f"{key!r} should be a TensorDict of the input's batch size with one value per row, "
+            f"such as {{'temperature': tensor of shape [batch]}}, got {options!r:.200}."
+        )
+    rows: list[dict[str, Any]] = [{} for _ in range(td.batch_size[0])]
+    for name in list(options.keys()):
+        for row, value in zip(rows, _values(options, name), strict=True):
+            if value is not None:
+                row[name] = value
+    return rows
+
+
+def _values(options: TensorDictBase, name: str) -> list[Any]:
+    """One Python value per row; masks stay tensors."""
+    values = [row.get(name) for row in options.unbind(0)]
+    return [
+        (value if value.ndim else value.item()) if isinstance(value, torch.Tensor) else value
+        for value in (
+            getattr(v, "data", v) if not isinstance(v, torch.Tensor) else v for v in values
+        )
+    ]

@@ -1,0 +1,256 @@
+"""The arguments of `SGLangWrapper`, settled: what TorchRL's wrappers take, honoured or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase, lazy_stack
+
+from ..batching import BatchingConfig
+from ..errors import ConfigError, UnsupportedOptionError
+from ..outputs import OutputSpec, TextOptions
+from ..prompts import InputMode, PromptSpec, check_mode
+from ..sampling import SamplingParams
+from .facts import InfoSpec, parse_extras
+from .row_requests import CallOptions, check_log_probs, check_log_probs_mode
+from .scoring import check_scoring
+from .tokenizers import choose_template, load_tokenizer, tokenizer_options
+
+INPLACE = (True, False, "empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """The arguments of a wrapper, checked and made definite.
+
+    Attributes:
+        mode: what the input holds.
+        generate: sample, or else score.
+        num_samples: size of the samples' dimension; None: no such dimension.
+        inplace: where outputs go.
+        tokenizer: the one in use.
+        prompts: where prompts are and how they become ids.
+        outputs: what is written.
+        info: what else is written.
+        call: what holds for every row of a call.
+        batching: whether threads share requests, and how.
+        sampling_key: where rows have options of their own.
+    """
+
+    mode: InputMode
+    generate: bool
+    num_samples: int | None
+    inplace: Any
+    tokenizer: Any
+    prompts: PromptSpec
+    outputs: OutputSpec
+    info: InfoSpec
+    call: CallOptions
+    batching: BatchingConfig | None
+    sampling_key: NestedKey | None
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Every key that is written."""
+        out = self.outputs
+        keys = [
+            out.text_key,
+            out.masks_key,
+            out.tokens_key,
+            out.log_probs_key,
+            out.history_key,
+        ]
+        if self.generate:
+            keys.append(self.info.key)
+        return [key for key in keys if key is not None]
+
+
+def settle(given: Mapping[str, Any], served_tokenizer: str) -> Settled:
+    """Checks the arguments of a wrapper.
+
+    Args:
+        given: all of them, by name.
+        served_tokenizer: where the servers have their tokenizer.
+
+    Raises:
+        UnsupportedOptionError, ConfigError, TokenizerError: see `SGLangWrapper`.
+    """
+    refuse(pad_model_input=(given["pad_model_input"] is not None, "SGLang takes ragged prompts"))
+    check_layout(given["layout"], given["pad_output"])
+    mode, generate = check_mode(given["input_mode"]), bool(given["generate"])
+    sampling, num_samples = choose_sampling(
+        given["generate_kwargs"], given["num_samples"], generate
+    )
+    if not generate:
+        if given["return_log_probs"] is False:
+            raise ConfigError("generate=False returns log-probs: return_log_probs can't be False.")
+        check_scoring(sampling)
+    batching = BatchingConfig.chosen(
+        given["batching"],
+        given["min_batch_size"],
+        given["max_batch_size"],
+        given["batching_timeout"],
+    )
+    tokenizer = load_tokenizer(given["tokenizer"], served_tokenizer, mode)
+    info = InfoSpec(
+        key=given["rollout_key"],
+        extras=parse_extras(given["extras"]),
+    )
+    call = _call_options(given, sampling, info)
+    if generate:
+        check_log_probs(call)
+    settled = Settled(
+        mode=mode,
+        generate=generate,
+        num_samples=num_samples,
+        inplace=choose_inplace(given["inplace"], num_samples),
+        tokenizer=tokenizer,
+        prompts=_prompt_spec(given, mode, generate, tokenizer),
+        outputs=_output_spec(given, mode, tokenizer, sampling),
+        info=info,
+        call=call,
+        batching=batching,
+        sampling_key=given["sampling_key"],
+    )
+    if not settled.out_keys:
+        raise ConfigError("every output key is None: nothing would be returned.")
+    return settled
+
+
+def _call_options(
+    given: Mapping[str, Any], sampling: SamplingParams, info: InfoSpec
+) -> CallOptions:
+    return CallOptions(
+        sampling=sampling,
+        log_probs_mode=check_log_probs_mode(given["log_probs_mode"]),
+        return_log_probs=given["return_log_probs"] is not False,
+        returns=info.returns(),
+        processor=given["processor"],
+        lora=given["lora"],
+        partial_allowed=bool(given["partial_rollouts"]),
+    )
+
+
+def _prompt_spec(
+    given: Mapping[str, Any], mode: InputMode, generate: bool, tokenizer: Any
+) -> PromptSpec:
+    key = given["input_key"]
+    return PromptSpec(
+        mode=mode,
+        input_key=(mode, "prompt" if generate else "full") if key is None else key,
+        generate=generate,
+        attention_mask_key=given["attention_mask_key"],
+        masks_key=given["masks_key"],
+        tokens_key=given["tokens_key"],
+        text_key=given["text_key"],
+        prefer_tokens=given["prefer_tokens"],
+        tokenizer=tokenizer,
+        tokenizer_kwargs=tokenizer_options(given["tokenizer_kwargs"]),
+        template=choose_template(
+            mode, tokenizer, given["chat_template"], given["chat_template_name"]
+        ),
+    )
+
+
+def _output_spec(
+    given: Mapping[str, Any], mode: InputMode, tokenizer: Any, sampling: SamplingParams
+) -> OutputSpec:
+    """A key of None, or nothing to write there, leaves an output out."""
+    scoring_tokens = mode == "tokens" and not given["generate"]
+    return OutputSpec(
+        text_key=given["text_key"] if tokenizer is not None and not scoring_tokens else None,
+        tokens_key=given["tokens_key"],
+        masks_key=given["masks_key"],
+        log_probs_key=given["log_probs_key"] if given["return_log_probs"] is not False else None,
+        history_key=given["history_key"] if mode == "history" else None,
+        padded=given["pad_output"],
+        tokenizer=tokenizer,
+        pad_id=tokenizer.pad_token_id if tokenizer is not None else 0,
+        text=text_options(sampling),
+    )
+
+
+def refuse(**options: tuple[bool, str]) -> None:
+    """Raises `UnsupportedOptionError` for the first option that is given."""
+    for name, (given, reason) in options.items():
+        if given:
+            raise UnsupportedOptionError(f"{name} is not supported: {reason}.")
+
+
+def choose_sampling(
+    generate_kwargs: Mapping[str, Any] | None, num_samples: int | None, generate: bool
+) -> tuple[SamplingParams, int | None]:
+    """How to sample, and the size of the samples' dimension (None: no such dimension).
+
+    Raises:
+        ConfigError: two numbers of samples.
+    """
+    given = dict(generate_kwargs or {})
+    if not generate:
+        given.pop("max_new_tokens", None)  # TorchRL's own wrappers are given it for both
+    sampling = SamplingParams.from_kwargs(given)
+    explicit = bool({"n", "num_return_sequences"} & set(given)) and sampling.n > 1
+    if num_samples is None:
+        num_samples = sampling.n if explicit else None
+    elif explicit and sampling.n != num_samples:
+        raise ConfigError(f"num_samples={num_samples} differs from generate_kwargs' {sampling.n}.")
+    if num_samples is not None:
+        if not generate:
+            raise ConfigError("num_samples is given with generate=False, which samples nothing.")
+        sampling = sampling.updated({"n": num_samples})
+    return sampling, num_samples
+
+
+def choose_inplace(inplace: Any, num_samples: int | None) -> Any:
+    """Where outputs go: into the input, unless a dimension of samples makes that impossible.
+
+    Raises:
+        ConfigError: an unknown value, or True or ``"empty"`` with ``num_samples``.
+    """
+    if inplace is None:
+        return num_samples is None
+    if inplace not in INPLACE or not isinstance(inplace, bool | str):
+        raise ConfigError(f"inplace must be True, False or 'empty', got {inplace!r}.")
+    if num_samples is not None and inplace is not False:
+        raise ConfigError(
+            f"inplace={inplace!r} can't be with num_samples={num_samples}: the outputs have one "
+            "more dimension than the input. Use inplace=False."
+        )
+    return inplace
+
+
+def check_layout(layout: torch.layout | None, pad_output: Any) -> None:
+    """Raises for a layout that can't be made."""
+    if not isinstance(pad_output, bool):
+        raise ConfigError(f"pad_output must be True or False, got {pad_output!r}.")
+    refuse(layout=(layout not in (None, torch.strided), "only torch.strided is made"))
+
+
+def text_options(sampling: SamplingParams) -> TextOptions:
+    """TorchRL's wrappers keep special tokens and stops in the text unless told otherwise."""
+    return TextOptions(
+        skip_special_tokens=bool(sampling.skip_special_tokens),
+        spaces_between_special_tokens=sampling.spaces_between_special_tokens,
+        keep_stop=sampling.no_stop_trim is not False,
+    )
+
+
+def flattened(td: TensorDictBase) -> TensorDictBase:
+    """One batch dimension."""
+    if td.ndim == 1:
+        return td
+    return lazy_stack([td]) if td.ndim == 0 else td.reshape(-1)
+
+
+def unflattened(
+    out: TensorDictBase, batch_size: torch.Size, num_samples: int | None
+) -> TensorDictBase:
+    """The input's batch dimensions, and one of samples where there is one."""
+    if num_samples is not None:
+        return out.view((*batch_size, num_samples))
+    if len(batch_size) == 1:
+        return out
+    return out[0] if len(batch_size) == 0 else out.view(batch_size)

@@ -1,0 +1,87 @@
+"""The names that users write for sampling options: TorchRL's, vLLM's, Hugging Face's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import UnsupportedOptionError
+
+# Other backends' names for the same thing.
+ALIASES = {
+    "max_tokens": "max_new_tokens",
+    "max_generate_length": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "stop_sequences": "stop",
+    "seed": "sampling_seed",
+    "num_return_sequences": "n",
+    "include_stop_str_in_output": "no_stop_trim",
+}
+
+# Known names that can't be served, with what to do instead.
+REFUSED = {
+    "num_beams": "SGLang samples; beam search gives no behaviour log-probs to train on.",
+    "beam_width": "beam search gives no behaviour log-probs to train on.",
+    "best_of": "sample n completions and choose among them.",
+    "length_penalty": "it belongs to beam search, which is not supported.",
+    "early_stopping": "it belongs to beam search, which is not supported.",
+    "logprobs": "use SGLangWrapper(return_log_probs=...), or extras={'top_log_probs': k}.",
+    "prompt_logprobs": "use SGLangWrapper(extras={'input_log_probs': True}).",
+    "detokenize": "use SGLangWrapper(text_key=None) to leave the text out.",
+    "custom_params": "use SGLangWrapper(processor=...), which carries a processor's parameters.",
+    "bad_words": "use SGLangWrapper(processor=disallowed_tokens(ids)), or logit_bias.",
+    "allowed_token_ids": "use SGLangWrapper(processor=allowed_tokens(ids)).",
+}
+
+
+def canonical(kwargs: Mapping[str, Any], known: set[str], temperature: float) -> dict[str, Any]:
+    """User names to field names; ``do_sample`` becomes a temperature.
+
+    Args:
+        kwargs: what the user wrote.
+        known: names of the fields.
+        temperature: the one that holds where ``kwargs`` gives none.
+
+    Raises:
+        UnsupportedOptionError: an unknown or unsupported name, or one given under two spellings.
+    """
+    result: dict[str, Any] = {}
+    for given, value in kwargs.items():
+        if given == "do_sample":
+            continue
+        name = ALIASES.get(given, given)
+        if name not in known:
+            raise UnsupportedOptionError(unknown(given, known))
+        if name in result:
+            raise UnsupportedOptionError(f"{given!r} and another spelling of {name!r} are given.")
+        result[name] = value
+    if "do_sample" in kwargs:
+        _apply_do_sample(kwargs["do_sample"], result, temperature)
+    return result
+
+
+def _apply_do_sample(do_sample: Any, result: dict[str, Any], temperature: float) -> None:
+    """Hugging Face's switch: False is temperature 0; True must not meet a temperature of 0."""
+    if not isinstance(do_sample, bool):
+        raise UnsupportedOptionError(f"do_sample={do_sample!r}: must be True or False.")
+    if do_sample and result.get("temperature", temperature) == 0:
+        raise UnsupportedOptionError(
+            "do_sample=True, but the temperature is 0, which is greedy: give a temperature above 0."
+        )
+    if not do_sample:
+        if result.get("temperature", 0) != 0:
+            raise UnsupportedOptionError(
+                f"do_sample=False is greedy, but temperature={result['temperature']!r} is given: "
+                "leave one out."
+            )
+        result["temperature"] = 0.0
+
+
+def unknown(name: str, known: set[str]) -> str:
+    """What to say of a name that is no field."""
+    if name in REFUSED:
+        return f"sampling option {name!r} is not supported: {REFUSED[name]}"
+    near = difflib.get_close_matches(name, [*known, *ALIASES, "do_sample"], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known))}."
+    return f"unknown sampling option {name!r}.{hint}"

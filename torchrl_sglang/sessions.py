@@ -1,0 +1,160 @@
+"""Sessions: conversations that a server holds, so that only what is new is sent."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from .client import ControlClient
+from .completions import Completion
+from .errors import ConfigError, InputError, RequestRefusedError, ServiceError
+from .protocol import GenerateRequest, SessionTurn
+
+SESSION_CAPACITY = 1 << 20  # what SGLang takes as capacity_of_str_len
+
+
+class Session:
+    """A conversation on one server. Close it, or use it as a context manager.
+
+    A session goes on from its last completed request: of a prompt that begins with everything so
+    far, only the rest is sent. One request at a time.
+
+    Attributes:
+        session_id: the server's name for it.
+        tokens: everything so far, prompts and responses.
+    """
+
+    def __init__(self, worker: ControlClient, *, timeout_s: float | None = None) -> None:
+        body: dict[str, Any] = {"capacity_of_str_len": SESSION_CAPACITY}
+        if timeout_s is not None:
+            body["timeout"] = timeout_s
+        answer = worker.post("/open_session", body)
+        if not isinstance(answer, str) or not answer:
+            raise RequestRefusedError(f"{worker.url} opened no session: {answer!r:.200}")
+        self.session_id = answer
+        self.tokens: list[int] = []
+        self._worker = worker
+        self._last_rid: str | None = None
+        self._pending: GenerateRequest | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def request(self, input_ids: Sequence[int], **fields: Any) -> GenerateRequest:
+        """The request that goes on with this session.
+
+        Args:
+            input_ids: the whole prompt, which begins with `tokens`.
+            **fields: of `GenerateRequest`.
+
+        Raises:
+            ConfigError: the session was closed, or its last request is not finished.
+            InputError: the prompt does not go on from where the session is.
+        """
+        with self._lock:
+            if self._closed:
+                raise ConfigError(f"session {self.session_id} was closed: open a new one.")
+            if self._pending is not None:
+                raise ConfigError(
+                    f"session {self.session_id} has a request under way; one at a time."
+                )
+            ids, start = list(input_ids), len(self.tokens)
+            if ids[:start] != self.tokens or len(ids) == start:
+                raise InputError(
+                    f"session {self.session_id} holds {start} tokens, and the prompt of {len(ids)} "
+                    "tokens does not begin with them and go on; open a new session, or pass the "
+                    "tokens of the turn before unchanged."
+                )
+            turn = SessionTurn(
+                session_id=self.session_id, worker_url=self._worker.url, after=self._last_rid
+            )
+            self._pending = GenerateRequest(
+                input_ids=tuple(ids[start:]), **{**fields, "session": turn}
+            )
+            return self._pending
+
+    def finish(self, completion: Completion | None) -> None:
+        """Takes note of how the last request ended; None: it failed, the session stays put."""
+        with self._lock:
+            pending, self._pending = self._pending, None
+            if completion is not None and pending is not None:
+                self.tokens += [*(pending.input_ids or ()), *completion.output_ids]
+                self._last_rid = completion.rid
+
+    def close(self) -> None:
+        """Frees what the server holds; harmless twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._worker.post("/close_session", {"session_id": self.session_id})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Sessions:
+    """The sessions that one service opened."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Session] = {}
+        self._next_worker = 0
+        self._lock = threading.Lock()
+
+    def open(self, workers: Sequence[ControlClient], *, timeout_s: float | None) -> Session:
+        """Opens a session on the next server in turn."""
+        with self._lock:
+            worker = workers[self._next_worker % len(workers)]
+            self._next_worker += 1
+        session = Session(worker, timeout_s=timeout_s)
+        with self._lock:
+            self._forget_closed()
+            self._open[session.session_id] = session
+        return session
+
+    def request(self, input_ids: Sequence[int], session: str, **fields: Any) -> GenerateRequest:
+        """The request that goes on with the session of that id, see `Session.request`."""
+        return self.find(session).request(input_ids, **fields)
+
+    def find(self, session_id: str) -> Session:
+        """The open session of that id; raises `InputError` where there is none."""
+        with self._lock:
+            session = self._open.get(session_id)
+        if session is None:
+            raise InputError(
+                f"session {session_id!r} was not opened here, or is closed; open one with "
+                "service.open_session()."
+            )
+        return session
+
+    def finish(
+        self, batch: Sequence[GenerateRequest], completions: Sequence[Completion] | None
+    ) -> None:
+        """Takes note of the completions of requests in sessions; None: the batch failed."""
+        first = 0
+        for request in batch:
+            if request.session is not None:
+                completion = None if completions is None else completions[first]
+                self.find(request.session.session_id).finish(completion)
+            first += request.num_samples
+
+    def close(self) -> None:
+        """Closes every session; servers that are gone hold none any more."""
+        with self._lock:
+            sessions, self._open = list(self._open.values()), {}
+        for session in sessions:
+            with contextlib.suppress(ServiceError):
+                session.close()
+
+    def _forget_closed(self) -> None:
+        self._open = {k: s for k, s in self._open.items() if not s._closed}
