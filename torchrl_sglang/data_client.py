@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +24,7 @@ from .completions import Completion
 from .config import Timeouts
 from .errors import ConnectError, RequestTimeoutError, ServerFailedError, ServiceError
 from .parsing import parse_completions
-from .protocol import GenerateRequest
+from .protocol import GenerateRequest, passes_router
 
 # Waits between the attempts of one request grow from the first to the last of these.
 FIRST_BACKOFF_S = 0.2
@@ -33,11 +41,13 @@ class Batch:
         requests: in the order in which completions come back.
         cache_salt: separates prefixes cached under different weights; None sends none.
         seeded: every sample needs a seed of its own, see `GenerateRequest.bodies`.
+        workers: servers behind the router, for what it does not pass on; empty without a router.
     """
 
     requests: Sequence[GenerateRequest]
     cache_salt: str | None
     seeded: bool = False
+    workers: tuple[str, ...] = ()
 
 
 class DataClient:
@@ -55,6 +65,7 @@ class DataClient:
         self._timeouts = timeouts
         self._session: aiohttp.ClientSession | None = None
         self._attempt_rids: dict[str, str] = {}
+        self._turn = itertools.count()  # servers take turns where no router spreads requests
 
     async def generate_all(self, batch: Batch) -> list[Completion]:
         """Completions in the order of the requests, the samples of one request together.
@@ -163,11 +174,10 @@ class DataClient:
         return [rid, *filter(None, [self._attempt_rids.get(rid)])]
 
     async def _post(self, request: GenerateRequest, batch: Batch) -> list[Completion]:
-        base = request.session.worker_url if request.session is not None else self._base
-        url = base + "/generate"
-        body = orjson.dumps(request.bodies(batch.seeded, batch.cache_salt))
+        body = request.bodies(batch.seeded, batch.cache_salt)
+        url = self._destination(request, body, batch) + "/generate"
         try:
-            async with self._pool().post(url, data=body) as response:
+            async with self._pool().post(url, data=orjson.dumps(body)) as response:
                 answer = await response.read()
         except aiohttp.ClientConnectorError as error:
             raise ConnectError(f"nothing answers at {url}: {error}") from error
@@ -178,6 +188,14 @@ class DataClient:
         if response.status >= 400:
             raise refusal("POST", url, response.status, answer.decode(errors="replace"))
         return parse_completions(_json(answer, url), request)
+
+    def _destination(self, request: GenerateRequest, body: Mapping[str, Any], batch: Batch) -> str:
+        """The router, except for sessions and for what it would not pass on."""
+        if request.session is not None:
+            return request.session.worker_url
+        if not batch.workers or passes_router(body):
+            return self._base
+        return batch.workers[next(self._turn) % len(batch.workers)]
 
     def _pool(self) -> aiohttp.ClientSession:
         if self._session is None:

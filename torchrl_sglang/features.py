@@ -81,6 +81,11 @@ class Features:
 
     def _check_sampling_mask(self, request: GenerateRequest) -> None:
         most, top_k = self.sampling_mask_tokens, request.sampling.top_k
+        if request.processor is not None:
+            raise UnsupportedOptionError(
+                "SGLang gives no sampling mask beside a logit processor: log_probs_mode='corrected' "
+                "and extras={'sampling_mask': True} can't be with one that truncates too."
+            )
         if most == 0:
             raise UnsupportedOptionError(
                 "this version of SGLang returns no sampling mask, which log_probs_mode='corrected' "

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequenc
 from concurrent.futures import CancelledError
 from typing import Any
 
+from .adapters import Adapters
 from .background import BackgroundLoop
 from .completions import Completion
 from .config import Timeouts
@@ -162,8 +163,13 @@ class GeneratingModel(ServedModel):
         """Checks requests against the servers and waits for the weights to be whole."""
         self.check(batch)
         self.gate.wait_until_open(self.timeouts.request_s)
-        seeded = self.info.features.deterministic
-        return Batch(requests=batch, cache_salt=self._cache_salt(), seeded=seeded)
+        cluster = self.cluster
+        return Batch(
+            requests=batch,
+            cache_salt=self._cache_salt(),
+            seeded=self.info.features.deterministic,
+            workers=tuple(w.url for w in cluster.workers) if cluster.behind_router else (),
+        )
 
     def check(self, batch: Sequence[GenerateRequest]) -> None:
         """Raises for requests that the servers can't serve, before anything is sent.
@@ -179,10 +185,14 @@ class GeneratingModel(ServedModel):
         for features in {info.features for info in infos}:
             for request in batch:
                 features.check(request)
-        self._check_adapters(batch)
+        adapters = {request.lora for request in batch if request.lora is not None}
+        if adapters:  # SGLang itself would load an unloaded one again
+            self.lora.check(adapters)
 
-    def _check_adapters(self, batch: Sequence[GenerateRequest]) -> None:
-        """A name that no server has loaded: SGLang itself would go and load it again."""
+    @property
+    @abc.abstractmethod
+    def lora(self) -> Adapters:
+        """The LoRA adapters."""
 
     @contextlib.contextmanager
     def _in_sessions(self, batch: Sequence[GenerateRequest]) -> Iterator[list[Completion]]:

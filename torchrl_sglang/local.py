@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 
+from .adapters import Adapters
 from .attach import Cluster, Credentials, attach
 from .background import BackgroundLoop
+from .client import ControlClient
 from .config import Timeouts
 from .data_client import DataClient
 from .errors import ServiceClosedError
@@ -34,6 +36,7 @@ class LocalResources:
         self.pushed_version: int | None = None
         self.cluster: Cluster | None = None
         self.sessions = Sessions()
+        self._adapters: tuple[tuple[ControlClient, ...], Adapters] | None = None
         self._pid = os.getpid()
         self._loop: BackgroundLoop | None = None
         self._data: DataClient | None = None
@@ -50,6 +53,13 @@ class LocalResources:
             if self.cluster is None:
                 self.cluster = attach(url, keys, timeouts)
             return self.cluster
+
+    def adapters(self, workers: tuple[ControlClient, ...]) -> Adapters:
+        """The adapters of these servers; what it was told lately is kept between calls."""
+        with self.lock:
+            if self._adapters is None or self._adapters[0] is not workers:
+                self._adapters = (workers, Adapters(workers))
+            return self._adapters[1]
 
     def data_plane(
         self, url: str, api_key: str | None, timeouts: Timeouts

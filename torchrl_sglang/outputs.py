@@ -7,31 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, MetaData, NestedKey, TensorDict, lazy_stack
+from tensordict import (
+    LazyStackedTensorDict,
+    MetaData,
+    NestedKey,
+    TensorDict,
+    lazy_stack,
+)
 from torch.nn.utils.rnn import pad_sequence
-from torchrl.data.llm import History
-from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
+from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from .completions import Completion
 from .errors import ResponseError
 from .prompts import Prompts
+from .rollout.texts import TextOptions, build_histories, build_texts, decode
 
 NAN = float("nan")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """How sampled ids become text.
-
-    Attributes:
-        skip_special_tokens: leave special tokens out of the response.
-        spaces_between_special_tokens: as in Hugging Face's tokenizers; None: their default.
-        keep_stop: keep the EOS or stop at the end of the response.
-    """
-
-    skip_special_tokens: bool = False
-    spaces_between_special_tokens: bool | None = None
-    keep_stop: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,29 +85,72 @@ def make_rows(prompts: Prompts, completions: Sequence[Completion], spec: OutputS
 
 
 def build_outputs(
-    rows: Rows, prompts: Prompts, completions: Sequence[Completion], spec: OutputSpec
-) -> LazyStackedTensorDict:
-    """The outputs of one batch, as a lazy stack of one row per completion.
+    rows: Rows,
+    prompts: Prompts,
+    completions: Sequence[Completion],
+    decoded: list[str] | None,
+    spec: OutputSpec,
+) -> Columns:
+    """The outputs of one batch: for each key one value per completion, see `stacked`.
 
     Shapes: ``prompt [P]``, ``response [R]``, ``full`` and masks ``[P + R]`` per row; padded to the
     longest prompt and the longest response of the batch where ``spec.padded``. Token ids are
     int64, masks bool, log-probs float32 and NaN at prompt positions that have none.
+
+    ``decoded`` is the sampled ids as text, see `decode_responses`; None leaves text and history
+    out.
     """
-    out = TensorDict(batch_size=[len(completions)]).to_lazystack(0)
+    columns: Columns = {}
     if spec.tokens_key is not None:
-        tokens = Tokens._from_tensordict(out.empty())
-        tokens.prompt, tokens.response, tokens.full = rows.layout(
-            rows.prompts, rows.responses, rows.pad_id
-        )
-        tokens.padded = MetaData(spec.padded)
-        out.set(spec.tokens_key, tokens)
+        parts = rows.layout(rows.prompts, rows.responses, rows.pad_id)
+        columns[spec.tokens_key] = _three_parts(Tokens, parts, spec)
     if spec.masks_key is not None:
-        out.set(spec.masks_key, _masks(out, rows, spec))
+        columns[spec.masks_key] = _masks(rows, spec)
     if spec.log_probs_key is not None:
-        out.set(spec.log_probs_key, _log_probs(out, rows, completions, spec))
-    if spec.tokenizer is not None:
-        _add_text_and_history(out, prompts, completions, spec)
-    return out
+        columns[spec.log_probs_key] = _log_probs(rows, completions, spec)
+    if decoded is not None and spec.text_key is not None:
+        columns[spec.text_key] = build_texts(
+            decode(prompts.ids, spec.tokenizer) if prompts.texts is None else prompts.texts,
+            completions,
+            decoded,
+            tokenizer=spec.tokenizer,
+            options=spec.text,
+        )
+    if decoded is not None and spec.history_key is not None and prompts.history is not None:
+        columns[spec.history_key] = build_histories(
+            prompts.history, completions, decoded, spec.tokenizer
+        )
+    return columns
+
+
+Columns = dict[NestedKey, Sequence[Any]]
+
+
+def stacked(columns: Columns, num_rows: int) -> LazyStackedTensorDict:
+    """One TensorDict per row, lazily stacked.
+
+    Rows are made whole one by one: setting a list on a stack costs ten times as much.
+    """
+    plain = {key: values for key, values in columns.items() if isinstance(key, str)}
+    nested = {key: values for key, values in columns.items() if not isinstance(key, str)}
+    rows = [TensorDict({k: v[i] for k, v in plain.items()}, batch_size=[]) for i in range(num_rows)]
+    for key, values in nested.items():
+        for row, value in zip(rows, values, strict=True):
+            row.set(key, value)
+    return lazy_stack(rows)
+
+
+def _three_parts(kind: Any, parts: tuple[Any, Any, Any], spec: OutputSpec) -> list[Any]:
+    padded = MetaData(spec.padded, batch_size=[])
+    return [
+        kind._from_tensordict(
+            TensorDict(
+                {"prompt": prompt, "response": response, "full": full, "padded": padded},
+                batch_size=[],
+            )
+        )
+        for prompt, response, full in zip(*parts, strict=True)
+    ]
 
 
 def _ragged(
@@ -135,20 +169,28 @@ def _padded(
     return prompt, response, torch.cat([prompt, response], -1)
 
 
-def _masks(out: LazyStackedTensorDict, rows: Rows, spec: OutputSpec) -> Masks:
+def _masks(rows: Rows, spec: OutputSpec) -> list[Masks]:
     """Attention: everything but padding. Assistant: exactly the tokens that were sampled."""
     sampled = [torch.ones_like(r, dtype=torch.bool) for r in rows.responses]
     attended = [torch.ones_like(p, dtype=torch.bool) for p in rows.prompts]
-    masks = Masks._from_tensordict(out.empty())
-    masks.all_attention_mask = rows.layout(attended, sampled, False)[2]
-    masks.all_assistant_mask = rows.layout([~mask for mask in attended], sampled, False)[2]
-    masks.padded = MetaData(spec.padded)
-    return masks
+    not_sampled = [torch.zeros_like(p, dtype=torch.bool) for p in rows.prompts]
+    padded = MetaData(spec.padded, batch_size=[])
+    return [
+        Masks._from_tensordict(
+            TensorDict(
+                {"all_attention_mask": every, "all_assistant_mask": answer, "padded": padded},
+                batch_size=[],
+            )
+        )
+        for every, answer in zip(
+            rows.layout(attended, sampled, False)[2],
+            rows.layout(not_sampled, sampled, False)[2],
+            strict=True,
+        )
+    ]
 
 
-def _log_probs(
-    out: LazyStackedTensorDict, rows: Rows, completions: Sequence[Completion], spec: OutputSpec
-) -> LogProbs:
+def _log_probs(rows: Rows, completions: Sequence[Completion], spec: OutputSpec) -> list[LogProbs]:
     """Prompts have no log-prob: NaN, which GRPOLoss leaves out, while 0 would be log 1."""
     scored = [
         torch.tensor(c.input_log_probs, dtype=torch.float32)
@@ -157,103 +199,4 @@ def _log_probs(
         for p, c in zip(rows.prompts, completions, strict=True)
     ]
     sampled = [torch.tensor(c.log_probs, dtype=torch.float32) for c in completions]
-    log_probs = LogProbs._from_tensordict(out.empty())
-    log_probs.prompt, log_probs.response, log_probs.full = rows.layout(scored, sampled, (NAN, 0.0))
-    log_probs.padded = MetaData(spec.padded)
-    return log_probs
-
-
-def _add_text_and_history(
-    out: LazyStackedTensorDict,
-    prompts: Prompts,
-    completions: Sequence[Completion],
-    spec: OutputSpec,
-) -> None:
-    with_history = spec.history_key is not None and prompts.history is not None
-    if spec.text_key is None and not with_history:
-        return
-    decoded = decode_responses(completions, spec.tokenizer)
-    if spec.text_key is not None:
-        out.set(spec.text_key, _text(out, prompts, completions, decoded, spec))
-    if spec.history_key is not None and prompts.history is not None:
-        turns = [
-            lazy_stack([_assistant_turn(text, completion, spec.tokenizer)])
-            for text, completion in zip(decoded, completions, strict=True)
-        ]
-        history = ChatHistory._from_tensordict(out.empty())
-        history.prompt = prompts.history
-        history.response = lazy_stack(turns)
-        history.full = prompts.history.extend(history.response, inplace=False, dim=-1)
-        out.set(spec.history_key, history)
-
-
-def decode_responses(completions: Sequence[Completion], tokenizer: Any) -> list[str]:
-    """The sampled ids as text, special tokens included."""
-    texts: list[str] = tokenizer.batch_decode(
-        [c.output_ids for c in completions], skip_special_tokens=False
-    )
-    return texts
-
-
-def _text(
-    out: LazyStackedTensorDict,
-    prompts: Prompts,
-    completions: Sequence[Completion],
-    decoded: list[str],
-    spec: OutputSpec,
-) -> Text:
-    text = Text._from_tensordict(out.empty())
-    prompt_texts = prompts.texts
-    if prompt_texts is None:
-        prompt_texts = spec.tokenizer.batch_decode(prompts.ids, skip_special_tokens=False)
-    responses = _styled(completions, decoded, spec)
-    text.prompt = prompt_texts
-    text.response = responses
-    text.full = [p + r for p, r in zip(prompt_texts, responses, strict=True)]
-    return text
-
-
-def _styled(completions: Sequence[Completion], decoded: list[str], spec: OutputSpec) -> list[str]:
-    """The responses as the sampling options want them to be written."""
-    options, responses = spec.text, decoded
-    if not options.keep_stop:
-        responses = [
-            content(text, completion, spec.tokenizer)
-            for text, completion in zip(decoded, completions, strict=True)
-        ]
-    if options.skip_special_tokens or options.spaces_between_special_tokens is not None:
-        kwargs = {"skip_special_tokens": options.skip_special_tokens}
-        if options.spaces_between_special_tokens is not None:
-            kwargs["spaces_between_special_tokens"] = options.spaces_between_special_tokens
-        whole = spec.tokenizer.batch_decode([c.output_ids for c in completions], **kwargs)
-        responses = (
-            whole
-            if options.keep_stop
-            else [
-                _before_stop(text, completion)
-                for text, completion in zip(whole, completions, strict=True)
-            ]
-        )
-    return responses
-
-
-def _assistant_turn(text: str, completion: Completion, tokenizer: Any) -> History:
-    return History(
-        role="assistant",
-        content=content(text, completion, tokenizer),
-        is_complete=completion.finish_type == "stop",
-        batch_size=(),
-    )
-
-
-def content(text: str, completion: Completion, tokenizer: Any) -> str:
-    """A response without the EOS, stop token or stop string that ended it."""
-    stop = completion.matched_stop
-    if isinstance(stop, int) and completion.output_ids[-1:] == [stop]:
-        return text.removesuffix(tokenizer.decode([stop], skip_special_tokens=False))
-    return _before_stop(text, completion)
-
-
-def _before_stop(text: str, completion: Completion) -> str:
-    stop = completion.matched_stop
-    return text[: text.rfind(stop)] if isinstance(stop, str) and stop in text else text
+    return _three_parts(LogProbs, rows.layout(scored, sampled, (NAN, 0.0)), spec)

@@ -4,6 +4,9 @@ A processor changes the logits inside the server, before it samples, and goes wi
 of one batch can have different ones, or none. The servers need
 ``enable_custom_logit_processor=True``, which lets whoever has a server's API key run code there.
 
+SGLang's router (0.3.2) passes the class on and drops its parameters, which ends the server: a
+request with a processor has to go to a server itself.
+
 Where it stands: model -> ``logit_bias``, penalties, grammar -> processor -> temperature -> softmax
 -> top-k, top-p, min-p -> sample. The log-probs that SGLang reports are taken after the softmax, so
 they are those of the processed and tempered distribution: ``log_softmax`` over the allowed ids

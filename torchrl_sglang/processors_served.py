@@ -160,6 +160,13 @@ class Pipeline:
         self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]]
     ) -> torch.Tensor:
         """Changes the logits, shape ``(rows, vocab)``; one dictionary of parameters per row."""
+        if any(params is None for params in custom_param_list):
+            # Nothing says which request it is, so none can be ended; better no server than tokens
+            # of another distribution than was asked for.
+            raise RuntimeError(
+                "a request with a logit processor came without custom_params. SGLang's router "
+                "drops them: send the request to the server itself"
+            )
         try:
             return self._run(logits, custom_param_list)
         except Exception as error:  # the server's life hangs on it

@@ -220,6 +220,37 @@ class GenerateRequest:
         return [f"{self.rid}-s{index}" for index in range(self.sampling.n)]
 
 
+# What sglang-router 0.3.2 leaves out in silence of the requests that it passes on, and, of a batch,
+# what it refuses (a list of ids). Such requests go to a server itself.
+ROUTER_DROPS = frozenset(
+    {
+        "return_sampling_mask",
+        "sampling_logprobs_mode",
+        "return_routed_experts",
+        "custom_logit_processor",  # passes, but its parameters do not
+    }
+)
+ROUTER_DROPS_OF_SAMPLING = frozenset(
+    {
+        "custom_params",
+        "logit_bias",
+        "structural_tag",
+        "stop_regex",
+        "spaces_between_special_tokens",
+    }
+)
+
+
+def passes_router(body: Mapping[str, Any]) -> bool:
+    """Whether a router passes the whole of a request on."""
+    sampling = body["sampling_params"]
+    return not (
+        ROUTER_DROPS & body.keys()
+        or isinstance(sampling, list)
+        or ROUTER_DROPS_OF_SAMPLING & sampling.keys()
+    )
+
+
 # Fields that a batch in one request gives as lists.
 _PER_REQUEST = frozenset(
     {

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from .adapters import Adapters
 from .attach import Cluster, Credentials
 from .background import BackgroundLoop
 from .completions import INITIAL_VERSION
@@ -180,6 +181,11 @@ class AsyncSGLang(GeneratingModel):
     def sessions(self) -> Sessions:
         """The sessions that this service opened; closed with it."""
         return self._local.sessions
+
+    @property
+    def lora(self) -> Adapters:
+        """The LoRA adapters: load, unload, list."""
+        return self._local.adapters(self.workers)
 
     @property
     def openai_base_url(self) -> str:

@@ -11,15 +11,16 @@ from tensordict import LazyStackedTensorDict, TensorDictBase
 from ..batching import Batcher, BatchingConfig
 from ..completions import Completion
 from ..errors import EmptyBatchError, InputError, ServiceError
-from ..outputs import build_outputs, content, decode_responses, make_rows
+from ..outputs import build_outputs, make_rows, stacked
 from ..prompts import Prompts, read_prompts
 from ..protocol import GenerateRequest
 from ..service import AsyncSGLang
-from .facts import add_info
+from .facts import build_info
 from .row_requests import CallOptions, check_log_probs, make_requests, read_row_options
 from .scoring import build_scores, check_scoring
 from .setup import Settled, flattened, text_options, unflattened
-from .turns import Turn, chat_key
+from .texts import content, decode_responses
+from .turns import Message, Turn, chat_key
 
 Groups = list[list[Completion] | ServiceError]
 
@@ -85,29 +86,40 @@ class Call:
         settled = self._settled
         spec = replace(settled.outputs, text=text_options(self._options.sampling))
         rows = make_rows(prompts, completions, spec)
-        out = build_outputs(rows, prompts, completions, spec)
-        add_info(out, rows, completions, settled.info)
-        self._keep_turns(prompts, completions)
-        return out
+        tokenizer = settled.tokenizer
+        needs_text = spec.text_key is not None or prompts.chats is not None
+        decoded = decode_responses(completions, tokenizer) if tokenizer and needs_text else None
+        columns = build_outputs(rows, prompts, completions, decoded, spec)
+        if settled.info.key is not None:
+            columns[settled.info.key] = build_info(rows, completions, settled.info)
+        if decoded is not None and prompts.chats is not None and prompts.texts is not None:
+            self._keep_turns(prompts, prompts.chats, prompts.texts, completions, decoded)
+        return stacked(columns, len(completions))
 
-    def _keep_turns(self, prompts: Prompts, completions: Sequence[Completion]) -> None:
+    def _keep_turns(
+        self,
+        prompts: Prompts,
+        chats: list[list[Message]],
+        texts: list[str],
+        completions: Sequence[Completion],
+        decoded: list[str],
+    ) -> None:
         """Remembers the tokens of this turn, for prompts that go on from it."""
-        if prompts.chats is None or prompts.texts is None:
-            return
         tokenizer, memory = self._settled.tokenizer, self._settled.prompts.memory
         special = set(tokenizer.all_special_ids)
-        decoded = decode_responses(completions, tokenizer)
-        for row, (completion, text) in enumerate(zip(completions, decoded, strict=True)):
+        for ids, chat, prompt_text, completion, text in zip(
+            prompts.ids, chats, texts, completions, decoded, strict=True
+        ):
             if not completion.output_ids:
                 continue
             last = completion.output_ids[-1]
             answer = {"role": "assistant", "content": content(text, completion, tokenizer)}
             turn = Turn(
-                ids=[*prompts.ids[row], *completion.output_ids],
-                text=prompts.texts[row] + text,
+                ids=[*ids, *completion.output_ids],
+                text=prompt_text + text,
                 ending=tokenizer.decode([last]) if last in special else "",
             )
-            memory.keep(chat_key([*prompts.chats[row], answer]), turn)
+            memory.keep(chat_key([*chat, answer]), turn)
 
 
 def updated_options(

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDict
+from tensordict import NestedKey, TensorDict
 
 from ..completions import INITIAL_VERSION, Completion
 from ..errors import ConfigError, UnsupportedOptionError
 from ..outputs import Rows
 from ..protocol import Returns
+from .texts import non_tensor
 
 NO_VERSION = -1  # at prompt tokens and padding, and where a server's version is no number
 
@@ -79,23 +80,22 @@ def parse_extras(given: Any) -> dict[str, int]:
     return extras
 
 
-def add_info(
-    out: LazyStackedTensorDict, rows: Rows, completions: Sequence[Completion], spec: InfoSpec
-) -> None:
-    """Writes into ``out``, one row per completion."""
-    if spec.key is None:
-        return
-    info = TensorDict(batch_size=out.batch_size).to_lazystack(0)
-    info.set("finish_reason", [c.finish_type for c in completions])
-    versions = [version_number(c.weight_version) for c in completions]
-    info.set("weight_version", torch.tensor(versions))
+def build_info(rows: Rows, completions: Sequence[Completion], spec: InfoSpec) -> list[TensorDict]:
+    """What `InfoSpec` names, one TensorDict per completion."""
+    reasons = {c.finish_type: non_tensor(c.finish_type) for c in completions}
     unknown = [torch.full_like(prompt, NO_VERSION) for prompt in rows.prompts]
     sampled = [token_versions(c) for c in completions]
-    info.set("policy_version", rows.layout(unknown, sampled, NO_VERSION)[2])
+    columns: dict[str, Sequence[Any]] = {
+        "finish_reason": [reasons[c.finish_type] for c in completions],
+        "weight_version": [torch.tensor(version_number(c.weight_version)) for c in completions],
+        "policy_version": rows.layout(unknown, sampled, NO_VERSION)[2],
+    }
     for name in spec.extras:
-        for key, values in _EXTRA_VALUES[name](completions, rows).items():
-            info.set(key, values)
-    out.set(spec.key, info)
+        columns |= _EXTRA_VALUES[name](completions, rows)
+    return [
+        TensorDict({name: values[i] for name, values in columns.items()}, batch_size=[])
+        for i in range(len(completions))
+    ]
 
 
 def version_number(version: str) -> int:
@@ -107,6 +107,9 @@ def version_number(version: str) -> int:
 
 def token_versions(completion: Completion) -> torch.Tensor:
     """The version that sampled each token, int64 ``[R]``."""
+    if len(completion.version_spans) == 1:
+        number = version_number(completion.version_spans[0].version)
+        return torch.full((len(completion.output_ids),), number)
     versions = torch.empty(len(completion.output_ids), dtype=torch.int64)
     for span in completion.version_spans:
         versions[span.start : span.end] = version_number(span.version)
@@ -162,7 +165,7 @@ def _routed_experts(completions: Sequence[Completion], rows: Rows) -> dict[str, 
 
 def _latency(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
     values = [NAN if c.latency_s is None else c.latency_s for c in completions]
-    return {"latency_s": torch.tensor(values, dtype=torch.float32)}
+    return {"latency_s": [torch.tensor(value, dtype=torch.float32) for value in values]}
 
 
 NAN = float("nan")
@@ -174,8 +177,10 @@ _EXTRA_VALUES = {
     "hidden_states": _hidden_states,
     "routed_experts": _routed_experts,
     "cached_tokens": lambda completions, rows: {
-        "cached_tokens": torch.tensor([c.cached_tokens for c in completions])
+        "cached_tokens": [torch.tensor(c.cached_tokens) for c in completions]
     },
-    "request_id": lambda completions, rows: {"request_id": [c.rid for c in completions]},
+    "request_id": lambda completions, rows: {
+        "request_id": [non_tensor(c.rid) for c in completions]
+    },
     "latency": _latency,
 }

@@ -11,12 +11,13 @@ from tensordict import NestedKey, TensorDictBase, lazy_stack
 
 from ..batching import BatchingConfig
 from ..errors import ConfigError, UnsupportedOptionError
-from ..outputs import OutputSpec, TextOptions
+from ..outputs import OutputSpec
 from ..prompts import InputMode, PromptSpec, check_mode
 from ..sampling import SamplingParams
 from .facts import InfoSpec, parse_extras
 from .row_requests import CallOptions, check_log_probs, check_log_probs_mode
 from .scoring import check_scoring
+from .texts import TextOptions
 from .tokenizers import choose_template, load_tokenizer, tokenizer_options
 
 INPLACE = (True, False, "empty")
