@@ -2,8 +2,9 @@
 
 A real server answers a few prompts; its answers, tiled to the batch, are then read and turned into
 text, tokens, masks, log-probs, versions and (in history mode) histories again and again, on one
-core and with no server in the way. Times are CPU time of the one thread that does it, so that
-other work on the machine counts as little as possible; wall time is recorded too. The cost is linear in rows and in tokens: the plot shows it.
+core and with no server in the way. Times are CPU time of the one thread that does it, so that other
+work on the machine counts as little as possible; wall time is recorded too. The cost is linear in
+rows and in tokens: the plot shows it.
 
     python benchmarks/bench_overhead.py --out benchmarks/results/overhead_cpu.json \\
         --plot benchmarks/results/overhead_cpu.png
@@ -40,8 +41,10 @@ from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+from random_models import SIZES, random_model
 from tiny_model import make_tiny_model
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
@@ -60,9 +63,13 @@ def make_input(mode: str, num_rows: int, prompt_tokens: int, tokenizer: Any) -> 
         history = ChatHistory(prompt=History.from_chats(chats), batch_size=num_rows)
         return TensorDict(history=history, batch_size=num_rows)
     if mode == "text":
-        return TensorDict(text=Text(prompt=[text] * num_rows, batch_size=num_rows), batch_size=num_rows)
+        return TensorDict(
+            text=Text(prompt=[text] * num_rows, batch_size=num_rows), batch_size=num_rows
+        )
     ids = torch.tensor(tokenizer(text)["input_ids"][:prompt_tokens])
-    return lazy_stack([TensorDict(tokens=Tokens(prompt=ids, batch_size=())) for _ in range(num_rows)])
+    return lazy_stack(
+        [TensorDict(tokens=Tokens(prompt=ids, batch_size=())) for _ in range(num_rows)]
+    )
 
 
 class Answers:
@@ -157,11 +164,25 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             )
             label = f"{mode}, {'padded' if padded else 'ragged'}"
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the batch", ylabel="CPU seconds on one core")
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens in the batch", ylabel="CPU seconds on one core"
+    )
     axes.set_title("From JSON to the finished TensorDict")
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ModuleNotFoundError:  # run from a checkout that is not installed
+        return "from source"
 
 
 def parse_args() -> argparse.Namespace:
@@ -170,6 +191,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="file for the plot")
     parser.add_argument("--profile", choices=MODES, help="print a profile of 256 x 256 instead")
     parser.add_argument("--url", help="a running server; one is started by default")
+    parser.add_argument("--size", choices=SIZES, help="a random model of this size, on a GPU")
+    parser.add_argument("--model-dir", type=Path, help="where the random model is kept")
+    parser.add_argument("--gpu", type=int, default=0)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="256 x 256 alone")
@@ -186,12 +210,26 @@ def main() -> None:
         if args.url:
             service = AsyncSGLang.connect(args.url)
         else:
-            service = AsyncSGLang.from_pretrained(
-                str(make_tiny_model(folder)), device="cpu", api_key="", admin_api_key=""
-            )
+            service = start(args, folder)
         with service:
             os.sched_setaffinity(0, {core})  # after the servers were started, which keep theirs
             run(args, service)
+
+
+def start(args: argparse.Namespace, folder: str) -> AsyncSGLang:
+    keys = {"api_key": "", "admin_api_key": ""}
+    if args.size is None:
+        return AsyncSGLang.from_pretrained(str(make_tiny_model(folder)), device="cpu", **keys)
+    model = random_model(args.model_dir or Path(folder), args.size, args.gpu)
+    return AsyncSGLang.from_pretrained(
+        str(model),
+        device="cuda",
+        cuda_devices=[args.gpu],
+        attention_backend="triton",
+        sampling_backend="pytorch",
+        mem_fraction_static=0.5,
+        **keys,
+    )
 
 
 def run(args: argparse.Namespace, service: AsyncSGLang) -> None:
@@ -201,7 +239,9 @@ def run(args: argparse.Namespace, service: AsyncSGLang) -> None:
         policy = SGLangWrapper(service, input_mode=args.profile, **kwargs)
         print(profile(policy, answers, args))
         return
-    sizes = [(256, 256)] if args.quick else [(64, 64), (256, 64), (256, 256), (1024, 256), (1024, 512)]
+    sizes = (
+        [(256, 256)] if args.quick else [(64, 64), (256, 64), (256, 256), (1024, 256), (1024, 512)]
+    )
     rows = []
     for mode in MODES:
         for padded in (False, True):
@@ -215,10 +255,11 @@ def run(args: argparse.Namespace, service: AsyncSGLang) -> None:
                     flush=True,
                 )
     where = {
-        "machine": f"{platform.machine()}, one of {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {cpu_name()}, one of {os.cpu_count()} cores",
+        "model": args.size or "tiny",
         "python": platform.python_version(),
         "versions": {
-            name: version(name)
+            name: _version(name)
             for name in ("torchrl-sglang", "sglang", "torchrl", "tensordict", "torch", "orjson")
         },
         "prompt_tokens": args.prompt_tokens,

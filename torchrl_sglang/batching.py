@@ -60,12 +60,13 @@ class BatchingConfig:
         return cls(min_size=min_size, max_size=max_size, timeout_s=timeout_s)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting(Generic[Item, Result]):
     item: Item
     size: int
     since: float
     result: Future[Result] = field(default_factory=Future)
+    batch: list[_Waiting[Item, Result]] = field(default_factory=list)  # what its caller has to run
 
 
 class Batcher(Generic[Item, Result]):
@@ -95,53 +96,59 @@ class Batcher(Generic[Item, Result]):
             size: how many rows it counts for.
         """
         mine: _Waiting[Item, Result] = _Waiting(item, size, time.monotonic())
-        with self._changed:
-            self._queue.append(mine)
-            self._changed.notify_all()
-            batch = self._wait_for_batch(mine)
-        if batch:
-            self._run_batch(batch)
-        return mine.result.result()
+        try:
+            with self._changed:
+                self._queue.append(mine)
+                self._wait_for_batch(mine)
+            if mine.batch:
+                self._run_batch(mine.batch)
+            return mine.result.result()
+        except BaseException as error:
+            self._give_up(mine, error)
+            raise
 
     @property
     def num_waiting(self) -> int:
         """Items that wait for others."""
         return len(self._queue)
 
-    def _wait_for_batch(self, mine: _Waiting[Item, Result]) -> list[_Waiting[Item, Result]]:
-        """The batch that the caller has to run; empty where another thread took its item."""
+    def _wait_for_batch(self, mine: _Waiting[Item, Result]) -> None:
+        """Returns once the caller has a batch to run, or another thread took its item."""
         deadline = mine.since + self._config.timeout_s
         while mine in self._queue:
             rows = sum(waiting.size for waiting in self._queue)
             left = deadline - time.monotonic()
             if rows >= self._config.min_size or left <= 0:
-                return self._take(mine)
-            self._changed.wait(left)
-        return []
+                self._take(mine)
+            else:
+                self._changed.wait(left)
 
-    def _take(self, mine: _Waiting[Item, Result]) -> list[_Waiting[Item, Result]]:
+    def _take(self, mine: _Waiting[Item, Result]) -> None:
         """Items up to the largest batch, the caller's among them; one item is never divided."""
         most = self._config.max_size
-        batch, rows = [mine], mine.size
+        mine.batch, rows = [mine], mine.size
         for waiting in self._queue:
             if waiting is not mine and (most is None or rows + waiting.size <= most):
-                batch.append(waiting)
+                mine.batch.append(waiting)
                 rows += waiting.size
-        self._queue = [waiting for waiting in self._queue if waiting not in batch]
-        return batch
+        self._queue = [waiting for waiting in self._queue if waiting not in mine.batch]
+        self._changed.notify_all()  # they need not wait for their own time to be up
 
     def _run_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
-        try:
-            results = self._run([waiting.item for waiting in batch])
-        except BaseException as error:
-            for waiting in batch:
-                waiting.result.set_exception(_for_others(error))
-            raise
+        results = self._run([waiting.item for waiting in batch])
         for waiting, result in zip(batch, results, strict=True):
             if isinstance(result, BaseException):
                 waiting.result.set_exception(result)
             else:
                 waiting.result.set_result(result)
+
+    def _give_up(self, mine: _Waiting[Item, Result], error: BaseException) -> None:
+        """The caller leaves, wherever it was: nobody runs its item, and nobody waits for it."""
+        with self._changed:
+            self._queue = [waiting for waiting in self._queue if waiting is not mine]
+        for waiting in mine.batch:
+            if not waiting.result.done():
+                waiting.result.set_exception(_for_others(error))
 
 
 def _for_others(error: BaseException) -> BaseException:

@@ -42,12 +42,14 @@ class Batch:
         cache_salt: separates prefixes cached under different weights; None sends none.
         seeded: every sample needs a seed of its own, see `GenerateRequest.bodies`.
         workers: servers behind the router, for what it does not pass on; empty without a router.
+        positions: each request's index in its caller's own batch; None: as they are.
     """
 
     requests: Sequence[GenerateRequest]
     cache_salt: str | None
     seeded: bool = False
     workers: tuple[str, ...] = ()
+    positions: Sequence[int] | None = None
 
 
 class DataClient:
@@ -67,8 +69,8 @@ class DataClient:
         self._attempt_rids: dict[str, str] = {}
         self._turn = itertools.count()  # servers take turns where no router spreads requests
 
-    async def generate_all(self, batch: Batch) -> list[Completion]:
-        """Completions in the order of the requests, the samples of one request together.
+    async def generate_all(self, batch: Batch) -> list[list[Completion]]:
+        """The completions of each request, in the order of the requests.
 
         Raises:
             RequestTimeoutError: not all answered within ``Timeouts.request_s``.
@@ -81,7 +83,7 @@ class DataClient:
             groups[index] = completions
 
         await self._send_all(batch, keep)
-        return [completion for group in groups for completion in group]
+        return groups
 
     async def generate_each(self, batch: Batch) -> list[list[Completion] | ServiceError]:
         """For each request its completions or its own error; one failure leaves the others alone.
@@ -161,7 +163,8 @@ class DataClient:
                     backoff = min(FIRST_BACKOFF_S * 2 ** (attempt - 1), LAST_BACKOFF_S)
                     retriable = isinstance(error, ServerFailedError | ConnectError)
                     if not retriable or clock() + backoff > give_up:
-                        error.add_note(f"prompt {index} of the batch, attempt {attempt}")
+                        position = index if batch.positions is None else batch.positions[index]
+                        error.add_note(f"prompt {position} of the batch, attempt {attempt}")
                         raise
                 await asyncio.sleep(backoff)
                 request = replace(request, rid=f"{first_rid[:32]}-{attempt}")

@@ -83,8 +83,9 @@ class Features:
         most, top_k = self.sampling_mask_tokens, request.sampling.top_k
         if request.processor is not None:
             raise UnsupportedOptionError(
-                "SGLang gives no sampling mask beside a logit processor: log_probs_mode='corrected' "
-                "and extras={'sampling_mask': True} can't be with one that truncates too."
+                "SGLang gives no sampling mask beside a logit processor: with one, use neither "
+                "extras={'sampling_mask': True} nor log_probs_mode='corrected' where something "
+                "truncates."
             )
         if most == 0:
             raise UnsupportedOptionError(

@@ -6,8 +6,9 @@ import abc
 import asyncio
 import contextlib
 import queue
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from typing import Any
 
 from .adapters import Adapters
@@ -82,37 +83,46 @@ class GeneratingModel(ServedModel):
 
     def complete(self, batch: Sequence[GenerateRequest]) -> list[Completion]:
         """Completes requests, all in flight at once; waits while a weight push is under way."""
-        with self._in_sessions(batch) as finished:
+        with self.sessions.held(batch) as ended:
             prepared = self._prepare(batch)
             loop, data = self._data_plane()
-            finished += loop.run(data.generate_all(prepared))
-        return finished
+            ended.update(enumerate(loop.run(data.generate_all(prepared))))
+        return _flat(ended)
 
     def complete_each(
-        self, batch: Sequence[GenerateRequest]
+        self, batch: Sequence[GenerateRequest], positions: Sequence[int] | None = None
     ) -> list[list[Completion] | ServiceError]:
         """Same as `complete`, but a request that fails leaves the others alone.
+
+        Args:
+            batch: requests of one or several callers.
+            positions: each request's index in its caller's own batch, which its error names.
 
         Returns:
             For each request its completions, or its error.
         """
-        prepared = self._prepare(batch)
-        loop, data = self._data_plane()
-        return loop.run(data.generate_each(prepared))
+        with self.sessions.held(batch) as ended:
+            prepared = replace(self._prepare(batch), positions=positions)
+            loop, data = self._data_plane()
+            groups = loop.run(data.generate_each(prepared))
+            ended.update((i, g) for i, g in enumerate(groups) if isinstance(g, list))
+        return groups
 
     async def acomplete(self, batch: Sequence[GenerateRequest]) -> list[Completion]:
         """Same as `complete`, awaited on any event loop."""
-        with self._in_sessions(batch) as finished:
+        with self.sessions.held(batch) as ended:
             # In a thread: it may wait for a weight push, or ask a server.
             prepared = await asyncio.to_thread(self._prepare, batch)
             loop, data = self._data_plane()
             try:
-                finished += await asyncio.wrap_future(loop.submit(data.generate_all(prepared)))
-            except (asyncio.CancelledError, CancelledError):
-                if self.gate.state is ServiceState.CLOSED:
-                    raise ServiceClosedError("the service was shut down meanwhile.") from None
+                groups = await asyncio.wrap_future(loop.submit(data.generate_all(prepared)))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self.gate.state is ServiceState.CLOSED and not (task and task.cancelling()):
+                    raise _closed_meanwhile() from None
                 raise
-        return finished
+            ended.update(enumerate(groups))
+        return _flat(ended)
 
     def as_completed(
         self, batch: Sequence[GenerateRequest]
@@ -125,21 +135,50 @@ class GeneratingModel(ServedModel):
             as `generate`: when the first request fails, the others are aborted.
         """
         prepared = self._prepare(batch)
-        loop, data = self._data_plane()
-        return _iterate(loop, data, prepared)
+
+        def iterate() -> Iterator[tuple[int, list[Completion]]]:
+            finished: queue.SimpleQueue[_Finished] = queue.SimpleQueue()
+            with self.sessions.held(batch) as ended, self._sending(prepared, finished.put) as sent:
+                while (one := finished.get()) is not None:
+                    ended[one[0]] = one[1]
+                    yield one
+                _raise_failure(sent)
+
+        return iterate()
 
     async def aas_completed(
         self, batch: Sequence[GenerateRequest]
     ) -> AsyncIterator[tuple[int, list[Completion]]]:
         """Same as `as_completed`, for ``async for``."""
+        finished: asyncio.Queue[_Finished] = asyncio.Queue()
+        caller = asyncio.get_running_loop()
+
+        def put(one: _Finished) -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits
+                caller.call_soon_threadsafe(finished.put_nowait, one)
+
         prepared = await asyncio.to_thread(self._prepare, batch)
+        with self.sessions.held(batch) as ended, self._sending(prepared, put) as sent:
+            while (one := await finished.get()) is not None:
+                ended[one[0]] = one[1]
+                yield one
+            _raise_failure(sent)
+
+    @contextlib.contextmanager
+    def _sending(self, prepared: Batch, put: Callable[[_Finished], None]) -> Iterator[Future[None]]:
+        """Sends a batch; ``put`` gets what is finished, and None at the end, however it comes."""
         loop, data = self._data_plane()
-        iterator = _iterate(loop, data, prepared)
+
+        async def send() -> None:
+            async for one in data.as_completed(prepared):
+                put(one)
+
+        sent = loop.submit(send())
+        sent.add_done_callback(lambda _: put(None))
         try:
-            while (finished := await asyncio.to_thread(next, iterator, None)) is not None:
-                yield finished
+            yield sent
         finally:
-            await asyncio.to_thread(iterator.close)
+            sent.cancel()
 
     def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or every request of every client.
@@ -194,16 +233,6 @@ class GeneratingModel(ServedModel):
     def lora(self) -> Adapters:
         """The LoRA adapters."""
 
-    @contextlib.contextmanager
-    def _in_sessions(self, batch: Sequence[GenerateRequest]) -> Iterator[list[Completion]]:
-        """Tells sessions how their requests ended: with what is in the list, or not at all."""
-        completions: list[Completion] = []
-        try:
-            yield completions
-        finally:
-            if any(request.session is not None for request in batch):
-                self.sessions.finish(batch, completions or None)
-
     def open_session(self, *, timeout_s: float | None = None) -> Session:
         """Opens a conversation that one server holds; see `Session`.
 
@@ -227,25 +256,19 @@ class GeneratingModel(ServedModel):
         return f"weights-{self.weight_version}"
 
 
-def _iterate(
-    loop: BackgroundLoop, data: DataClient, batch: Batch
-) -> Generator[tuple[int, list[Completion]], None, None]:
-    """Moves what finishes on the event loop to the caller's thread."""
-    finished: queue.SimpleQueue[tuple[int, list[Completion]] | None] = queue.SimpleQueue()
+_Finished = tuple[int, list[Completion]] | None
 
-    async def send() -> None:
-        try:
-            async for one in data.as_completed(batch):
-                finished.put(one)
-        finally:
-            finished.put(None)
 
-    sender = loop.submit(send())
+def _flat(ended: Mapping[int, list[Completion]]) -> list[Completion]:
+    return [completion for index in range(len(ended)) for completion in ended[index]]
+
+
+def _raise_failure(sent: Future[None]) -> None:
     try:
-        while (one := finished.get()) is not None:
-            yield one
-        sender.result()
+        sent.result()
     except CancelledError:
-        raise ServiceClosedError("the service was shut down while it generated.") from None
-    finally:
-        sender.cancel()
+        raise _closed_meanwhile() from None
+
+
+def _closed_meanwhile() -> ServiceClosedError:
+    return ServiceClosedError("the service was shut down while it generated.")

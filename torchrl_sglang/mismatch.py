@@ -1,4 +1,4 @@
-"""How far the policy that sampled is from the policy that is trained, from two sets of log-probs."""
+"""How far the policy that sampled is from the one that is trained, from two sets of log-probs."""
 
 from __future__ import annotations
 

@@ -50,6 +50,8 @@ def _parse(answer: Any, request: GenerateRequest, index: int) -> Completion:
             f"request {request.rid} was aborted after {len(output_ids)} tokens: "
             f"{reason.get('message', 'no reason given')}"
         )
+    if kind == "abort" and "prompt_tokens" not in meta:
+        meta, output_ids = _aborted_while_waiting(meta, output_ids, request)
     if kind not in ("stop", "length", "abort"):
         raise ResponseError(f"request {request.rid}: unknown finish reason {reason!r}.")
     _check_ids(output_ids, meta, request, may_be_empty=kind == "abort" or request.scoring)
@@ -75,6 +77,24 @@ def _parse(answer: Any, request: GenerateRequest, index: int) -> Completion:
         hidden_states=_asked(meta, "hidden_states", request) if returns.hidden_states else None,
         routed_experts=_asked(meta, "routed_experts", request) if returns.routed_experts else None,
     )
+
+
+def _aborted_while_waiting(
+    meta: Mapping[str, Any], output_ids: list[int], request: GenerateRequest
+) -> tuple[Mapping[str, Any], list[int]]:
+    """What SGLang leaves out of its answer to a request that it aborts in its queue.
+
+    Such a request has no tokens, or those from before it was retracted. These are not kept where
+    they lack what was asked for: they are then sampled again.
+    """
+    returns = request.returns
+    if returns.sampling_mask or returns.hidden_states or returns.routed_experts:
+        output_ids = []
+        empty = ("output_token_logprobs", "output_top_logprobs", "output_token_sampling_mask")
+        meta = {**meta, **dict.fromkeys((*empty, "output_token_sampling_logprobs"), [])}
+        meta |= {"completion_tokens": 0, "weight_versions": None}
+        meta |= {"hidden_states": [], "routed_experts": ""}
+    return {**meta, "prompt_tokens": len(request.input_ids or ())}, output_ids
 
 
 def _check_id(given: object, request: GenerateRequest, index: int) -> None:
@@ -120,9 +140,11 @@ def _output_log_probs(
     return _finite([row[0] for row in rows], request)
 
 
-def _input_log_probs(meta: Mapping[str, Any], request: GenerateRequest) -> list[float]:
-    """Log-probs of the prompt; the first token has none."""
+def _input_log_probs(meta: Mapping[str, Any], request: GenerateRequest) -> list[float] | None:
+    """Log-probs of the prompt; the first token has none. None: aborted before they were made."""
     rows = meta["input_token_logprobs"]
+    if not rows and meta["finish_reason"]["type"] == "abort":
+        return None
     ids = [row[1] for row in rows]
     expected = list(request.input_ids) if request.input_ids is not None else ids
     if ids != expected or len(ids) != meta["prompt_tokens"]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from .client import ControlClient
 from .completions import Completion
-from .errors import ConfigError, InputError, RequestRefusedError, ServiceError
+from .errors import (
+    ConfigError,
+    InputError,
+    RequestRefusedError,
+    RequestTimeoutError,
+    ResponseError,
+    ServiceError,
+)
 from .protocol import GenerateRequest, SessionTurn
 
 SESSION_CAPACITY = 1 << 20  # what SGLang takes as capacity_of_str_len
@@ -38,7 +45,7 @@ class Session:
         self.tokens: list[int] = []
         self._worker = worker
         self._last_rid: str | None = None
-        self._pending: GenerateRequest | None = None
+        self._busy = False
         self._closed = False
         self._lock = threading.Lock()
 
@@ -54,12 +61,7 @@ class Session:
             InputError: the prompt does not go on from where the session is.
         """
         with self._lock:
-            if self._closed:
-                raise ConfigError(f"session {self.session_id} was closed: open a new one.")
-            if self._pending is not None:
-                raise ConfigError(
-                    f"session {self.session_id} has a request under way; one at a time."
-                )
+            self._check_free()
             ids, start = list(input_ids), len(self.tokens)
             if ids[:start] != self.tokens or len(ids) == start:
                 raise InputError(
@@ -70,26 +72,69 @@ class Session:
             turn = SessionTurn(
                 session_id=self.session_id, worker_url=self._worker.url, after=self._last_rid
             )
-            self._pending = GenerateRequest(
-                input_ids=tuple(ids[start:]), **{**fields, "session": turn}
-            )
-            return self._pending
+            return GenerateRequest(input_ids=tuple(ids[start:]), **{**fields, "session": turn})
 
-    def finish(self, completion: Completion | None) -> None:
-        """Takes note of how the last request ended; None: it failed, the session stays put."""
+    def begin(self, request: GenerateRequest) -> None:
+        """A request is about to be sent.
+
+        Raises:
+            ConfigError: closed, or another request is under way or was there in the meantime.
+        """
         with self._lock:
-            pending, self._pending = self._pending, None
-            if completion is not None and pending is not None:
-                self.tokens += [*(pending.input_ids or ()), *completion.output_ids]
-                self._last_rid = completion.rid
+            self._check_free()
+            if request.session is None or request.session.after != self._last_rid:
+                raise ConfigError(
+                    f"session {self.session_id} has gone on since this request was made: make a "
+                    "new one."
+                )
+            self._busy = True
+
+    def finish(self, request: GenerateRequest, completion: Completion | None) -> None:
+        """Takes note of how a request ended; None, or aborted: the session stays where it was.
+
+        Raises:
+            ResponseError: the server put other tokens before the request's than this session's.
+        """
+        with self._lock:
+            self._busy = False
+            if completion is None or completion.finish_type == "abort":
+                return
+            prompt = [*self.tokens, *(request.input_ids or ())]
+            if completion.prompt_tokens != len(prompt):
+                raise ResponseError(
+                    f"session {self.session_id}: the server answers a prompt of "
+                    f"{completion.prompt_tokens} tokens, not of {len(prompt)}."
+                )
+            self.tokens = [*prompt, *completion.output_ids]
+            self._last_rid = completion.rid
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
+    def worker_url(self) -> str:
+        """The server that holds it."""
+        return self._worker.url
+
+    def _check_free(self) -> None:
+        if self._closed:
+            raise ConfigError(f"session {self.session_id} was closed: open a new one.")
+        if self._busy:
+            raise ConfigError(f"session {self.session_id} has a request under way; one at a time.")
 
     def close(self) -> None:
-        """Frees what the server holds; harmless twice."""
+        """Frees what the server holds; harmless twice, and again after it failed."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._worker.post("/close_session", {"session_id": self.session_id})
+        try:
+            self._worker.post("/close_session", {"session_id": self.session_id})
+        except ServiceError:
+            self._closed = False
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -137,24 +182,44 @@ class Sessions:
             )
         return session
 
-    def finish(
-        self, batch: Sequence[GenerateRequest], completions: Sequence[Completion] | None
-    ) -> None:
-        """Takes note of the completions of requests in sessions; None: the batch failed."""
-        first = 0
-        for request in batch:
-            if request.session is not None:
-                completion = None if completions is None else completions[first]
-                self.find(request.session.session_id).finish(completion)
-            first += request.num_samples
+    @contextlib.contextmanager
+    def held(self, batch: Sequence[GenerateRequest]) -> Iterator[dict[int, list[Completion]]]:
+        """Holds the sessions of a batch while it is under way.
+
+        Into the dictionary go the completions of each request that ended well, by its index.
+
+        Raises:
+            InputError: a session that was not opened here.
+            ConfigError, ResponseError: as `Session.begin` and `Session.finish`.
+        """
+        ended: dict[int, list[Completion]] = {}
+        with contextlib.ExitStack() as stack:
+            for index, request in enumerate(batch):
+                if request.session is not None:
+                    session = self.find(request.session.session_id)
+                    session.begin(request)
+                    stack.callback(_finish, session, request, index, ended)
+            yield ended
 
     def close(self) -> None:
         """Closes every session; servers that are gone hold none any more."""
         with self._lock:
             sessions, self._open = list(self._open.values()), {}
+        silent: set[str] = set()
         for session in sessions:
-            with contextlib.suppress(ServiceError):
-                session.close()
+            if session.worker_url not in silent:
+                try:
+                    session.close()
+                except RequestTimeoutError:
+                    silent.add(session.worker_url)  # it would be waited for again and again
+                except ServiceError:
+                    pass
 
     def _forget_closed(self) -> None:
-        self._open = {k: s for k, s in self._open.items() if not s._closed}
+        self._open = {k: s for k, s in self._open.items() if not s.closed}
+
+
+def _finish(
+    session: Session, request: GenerateRequest, index: int, ended: dict[int, list[Completion]]
+) -> None:
+    session.finish(request, ended[index][0] if index in ended else None)

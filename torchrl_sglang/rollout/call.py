@@ -33,7 +33,9 @@ def shared_batcher(
         return None
 
     def run(items: list[Sequence[GenerateRequest]]) -> list[Groups | BaseException]:
-        groups = iter(service.complete_each([request for item in items for request in item]))
+        batch = [request for item in items for request in item]
+        positions = [index for item in items for index in range(len(item))]
+        groups = iter(service.complete_each(batch, positions))
         return [[next(groups) for _ in item] for item in items]
 
     return Batcher(run, config)
