@@ -207,10 +207,7 @@ def main() -> None:
     set_list_to_stack(True).set()
     core = min(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
-        if args.url:
-            service = AsyncSGLang.connect(args.url)
-        else:
-            service = start(args, folder)
+        service = AsyncSGLang.connect(args.url) if args.url else start(args, folder)
         with service:
             os.sched_setaffinity(0, {core})  # after the servers were started, which keep theirs
             run(args, service)

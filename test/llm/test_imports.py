@@ -167,6 +167,7 @@ def test_one_home_for_each_outside_thing(package: str, homes: list[str]) -> None
         ("features", ["errors", "protocol"]),
         ("info", ["errors", "completions", "features", "protocol"]),
         ("batching", ["errors"]),
+        ("adapter_folder", ["errors"]),
         ("gate", ["errors"]),
         ("background", ["errors"]),
         # These run where torchrl_sglang is not installed.

@@ -130,7 +130,23 @@ def test_the_command_of_a_cpu_server() -> None:
     given = options(argv)
     assert given["--attention-backend"] == ["torch_native"]
     assert given["--disable-overlap-schedule"] == given["--sleep-on-idle"] == []
-    assert not {"--api-key", "--admin-api-key", "--base-gpu-id"} & set(given)
+    assert not {"--api-key", "--admin-api-key", "--base-gpu-id", "--lora-backend"} & set(given)
+
+
+@pytest.mark.parametrize(
+    ("device", "extra", "expected"),
+    [
+        ("cpu", {"enable_lora": True, "lora_target_modules": ["q_proj"]}, ["torch_native"]),
+        ("cpu", {"lora_paths": ["a=/a"]}, ["torch_native"]),
+        ("cpu", {"enable_lora": True, "lora_backend": "mine"}, ["mine"]),
+        ("cpu", {"enable_lora": False, "max_lora_rank": 8}, None),
+        ("cuda", {"enable_lora": True}, None),
+    ],
+    ids=str,
+)
+def test_the_lora_backend(device: str, extra: dict[str, Any], expected: list[str] | None) -> None:
+    given = options(argv_of(server(device=device, extra_args=extra)))
+    assert given.get("--lora-backend") == expected
 
 
 @pytest.mark.parametrize(

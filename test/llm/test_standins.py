@@ -1,4 +1,4 @@
-"""The CPU stand-ins: last to be asked, loud when called, and in the server's process alone."""
+"""What a CPU server runs with: stand-ins for what is missing, and no pinned memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchrl_sglang.launch.server import CPU_SERVE
 
@@ -25,10 +26,11 @@ runpy.run_path({str(CPU_SERVE)!r}, run_name="__mp_main__")
 """
 
 
-def run(code: str, *folders: Path) -> str:
-    """What a fresh interpreter without site-packages prints, the stand-ins installed."""
+def run(code: str, *folders: Path, before: str = "", site_packages: bool = False) -> str:
+    """What a fresh interpreter prints that has run serve.py between ``before`` and ``code``."""
+    flags = ["-I"] if site_packages else ["-I", "-S"]
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", SETUP + code, *map(str, folders)],
+        [sys.executable, *flags, "-c", before + SETUP + code, *map(str, folders)],
         capture_output=True,
         text=True,
         timeout=60.0,
@@ -149,4 +151,47 @@ print(len(sys.meta_path) - len(before[1]), "torchvision" in sys.modules)
 
 def test_this_process_has_none() -> None:
     assert "StandInFinder" not in [type(finder).__name__ for finder in sys.meta_path]
-    assert "_torchrl_sglang_standins" not in sys.modules
+    assert not [name for name in sys.modules if name.startswith("_torchrl_sglang")]
+    assert not hasattr(torch.zeros, "__wrapped__")
+
+
+# Pinned memory
+
+
+def told(accelerator: bool) -> str:
+    """Code that tells torch whether there is an accelerator."""
+    return f"""
+import torch
+torch.accelerator.is_available = lambda: {accelerator}
+def functions():
+    return torch.zeros, torch.tensor, torch.empty, torch.Tensor.pin_memory
+original = functions()
+"""
+
+
+def test_without_an_accelerator_nothing_is_pinned() -> None:
+    code = """
+made = [
+    torch.zeros(2, dtype=torch.int32, pin_memory=True),
+    torch.tensor([0, 0], dtype=torch.int32, pin_memory=True, device="cpu"),
+    torch.empty((2,), dtype=torch.int32, pin_memory=True).zero_(),
+    torch.zeros(2, dtype=torch.int32).pin_memory(),
+]
+print([(t.dtype, t.tolist()) for t in made] == [(torch.int32, [0, 0])] * 4)
+"""
+    assert run(code, before=told(accelerator=False), site_packages=True) == "True"
+
+
+def test_with_an_accelerator_torch_is_left_alone() -> None:
+    code = "print(functions() == original)"
+    assert run(code, before=told(accelerator=True), site_packages=True) == "True"
+    assert run(code, before=told(accelerator=False), site_packages=True) == "False"
+
+
+def test_pinning_is_changed_once() -> None:
+    code = f"""
+once = functions()
+runpy.run_path({str(CPU_SERVE)!r}, run_name="__mp_main__")
+print(functions() == once)
+"""
+    assert run(code, before=told(accelerator=False), site_packages=True) == "True"
