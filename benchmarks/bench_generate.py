@@ -59,9 +59,22 @@ def ours(service: AsyncSGLang, sampling: dict[str, Any], prompts: list[list[int]
     policy = SGLangWrapper(service, input_mode="tokens", generate_kwargs=sampling, inplace=False)
     rows = [TensorDict(tokens=TensorDict(prompt=torch.tensor(ids))) for ids in prompts]
     td = lazy_stack(rows)
+    complete, in_service = service.complete, []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        completions = complete(*args, **kwargs)
+        in_service.append(time.perf_counter() - start)
+        return completions
+
+    service.complete = timed  # type: ignore[method-assign]
 
     def run() -> int:
-        return sum(len(ids) for ids in policy(td).get(("tokens", "response"), as_list=True))
+        start = time.perf_counter()
+        out = policy(td)
+        outside = time.perf_counter() - start - in_service[-1]
+        print(f"ours: {in_service[-1]:.3f} s in the service, {outside:.3f} s beside it", flush=True)
+        return sum(len(ids) for ids in out.get(("tokens", "response"), as_list=True))
 
     return run
 
@@ -127,13 +140,19 @@ def torchrls(
     return run
 
 
-def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Tokens per second of each repeat, after one warm-up each."""
+def measure(
+    runs: dict[str, Run], repeats: int, before: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Tokens per second of each repeat, after one warm-up each.
+
+    ``before`` empties the prefix cache: each run computes its prompts, and none evicts another's.
+    """
     for run in runs.values():
         run()
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            before()
             start = time.perf_counter()
             num_tokens = run()
             speeds[name].append(num_tokens / (time.perf_counter() - start))
@@ -163,7 +182,13 @@ class Benchmark:
         }
         if self.args.torchrl:
             runs["torchrl"] = torchrls(self.service, sampling, few, self.tokenizer)
-        self._add("clients", num_prompts, new_tokens, measure(runs, self.args.repeats), few)
+        self._add(
+            "clients",
+            num_prompts,
+            new_tokens,
+            self._measure(runs),
+            few,
+        )
 
     def forms(self, num_prompts: int, new_tokens: int) -> None:
         """Forms of a request: one per prompt, or chunks; through the router, or not."""
@@ -175,7 +200,13 @@ class Benchmark:
             "chunks of 64": self.bare.runs(chunked(prompts, sampling, 64)),
             "one chunk": self.bare.runs(chunked(prompts, sampling, num_prompts)),
         }
-        self._add("forms", num_prompts, new_tokens, measure(runs, self.args.repeats), prompts)
+        self._add(
+            "forms",
+            num_prompts,
+            new_tokens,
+            self._measure(runs),
+            prompts,
+        )
 
     def samples(self, num_prompts: int, count: int, new_tokens: int) -> None:
         """Several samples of one prompt: the server's own n, or a request each.
@@ -202,8 +233,11 @@ class Benchmark:
             ),
             "a batch per prompt, no router": bodies(batches, self.direct),
         }
-        speeds = measure(runs, self.args.repeats)
+        speeds = self._measure(runs)
         self._add(f"samples, {count} each", num_prompts, new_tokens, speeds, [])
+
+    def _measure(self, runs: dict[str, Run]) -> dict[str, list[float]]:
+        return measure(runs, self.args.repeats, self.service.flush_cache)
 
     def _add(
         self,

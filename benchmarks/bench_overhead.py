@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -101,11 +102,13 @@ RID = "0" * 32
 
 def finish(call: Call, answers: Sequence[bytes]) -> Any:
     """What the client does with the answers of one call."""
-    completions = [
-        completion
-        for answer, request in zip(answers, call.requests, strict=True)
-        for completion in parse_completions(orjson.loads(answer), request)
-    ]
+    call = copy(call)  # which remembers nothing of the last time
+    call.__dict__.pop("_arrived", None)
+    completions = []
+    for answer, request in zip(answers, call.requests, strict=True):
+        arrived = parse_completions(orjson.loads(answer), request)
+        call.arrive(arrived)
+        completions += arrived
     return call.outputs(completions)
 
 

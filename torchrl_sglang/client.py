@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -19,6 +20,12 @@ from .errors import (
     ServerFailedError,
     ServiceError,
 )
+
+T = TypeVar("T")
+
+# Waits between the attempts of one request grow from the first to the last of these.
+FIRST_BACKOFF_S = 0.2
+LAST_BACKOFF_S = 5.0
 
 # Routes that a server with an admin key gives only to that key.
 ADMIN_ROUTES = (
@@ -54,6 +61,28 @@ def normalise_url(url: str) -> str:
 def bearer(key: str | None) -> dict[str, str]:
     """The header that carries a key."""
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def backoff_s(attempt: int) -> float:
+    """How long to wait after the first, second, ... attempt has failed."""
+    return min(FIRST_BACKOFF_S * 2.0 ** (attempt - 1), LAST_BACKOFF_S)
+
+
+def retried(call: Callable[[], T], within_s: float) -> T:
+    """The result of ``call``, made again while the connection or the server fails.
+
+    Raises:
+        ServerFailedError, ConnectError: it still failed after ``within_s``.
+    """
+    give_up, attempt = time.monotonic() + within_s, 1
+    while True:
+        try:
+            return call()
+        except (ServerFailedError, ConnectError):
+            if time.monotonic() + backoff_s(attempt) > give_up:
+                raise
+        time.sleep(backoff_s(attempt))
+        attempt += 1
 
 
 def refusal(method: str, url: str, status: int, body: str) -> ServiceError:

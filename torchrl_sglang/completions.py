@@ -31,7 +31,8 @@ class Completion:
         text: the server's own decoding, without the stop; None from a server without a tokenizer.
         finish_type: ``"stop"`` (EOS or a stop), ``"length"``, or ``"abort"`` where the request
             allows partial answers.
-        matched_stop: the stop string or token id that ended it.
+        matched_stop: the stop string or token id that ended it; None for a regular expression,
+            whose match stays in the text.
         prompt_tokens: tokens of the prompt.
         cached_tokens: of these, how many the prefix cache had.
         version_spans: the weights behind each part of ``output_ids``; one span that covers all

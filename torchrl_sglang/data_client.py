@@ -19,16 +19,12 @@ from typing import Any
 import aiohttp
 import orjson
 
-from .client import bearer, normalise_url, refusal
+from .client import backoff_s, bearer, normalise_url, refusal
 from .completions import Completion
 from .config import Timeouts
 from .errors import ConnectError, RequestTimeoutError, ServerFailedError, ServiceError
 from .parsing import parse_completions
 from .protocol import GenerateRequest, passes_router
-
-# Waits between the attempts of one request grow from the first to the last of these.
-FIRST_BACKOFF_S = 0.2
-LAST_BACKOFF_S = 5.0
 
 DESCRIPTORS_KEPT_FREE = 256
 
@@ -40,16 +36,20 @@ class Batch:
     Attributes:
         requests: in the order in which completions come back.
         cache_salt: separates prefixes cached under different weights; None sends none.
+        within_s: bound on the whole.
         seeded: every sample needs a seed of its own, see `GenerateRequest.bodies`.
         workers: servers behind the router, for what it does not pass on; empty without a router.
         positions: each request's index in its caller's own batch; None: as they are.
+        arrive: called with the completions of each request as soon as it is finished.
     """
 
     requests: Sequence[GenerateRequest]
     cache_salt: str | None
+    within_s: float
     seeded: bool = False
     workers: tuple[str, ...] = ()
     positions: Sequence[int] | None = None
+    arrive: Callable[[list[Completion]], None] | None = None
 
 
 class DataClient:
@@ -81,6 +81,8 @@ class DataClient:
 
         async def keep(index: int, completions: list[Completion]) -> None:
             groups[index] = completions
+            if batch.arrive is not None:
+                batch.arrive(completions)
 
         await self._send_all(batch, keep)
         return groups
@@ -136,7 +138,7 @@ class DataClient:
         self, batch: Batch, one: Callable[[int, GenerateRequest], Coroutine[Any, Any, None]]
     ) -> None:
         try:
-            async with asyncio.timeout(self._timeouts.request_s), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(batch.within_s), asyncio.TaskGroup() as group:
                 for index, request in enumerate(batch.requests):
                     group.create_task(one(index, request))
         except TimeoutError as error:
@@ -160,7 +162,7 @@ class DataClient:
                     return await self._post(request, batch)
                 except ServiceError as error:
                     give_up = give_up or clock() + self._timeouts.retry_s
-                    backoff = min(FIRST_BACKOFF_S * 2 ** (attempt - 1), LAST_BACKOFF_S)
+                    backoff = backoff_s(attempt)
                     retriable = isinstance(error, ServerFailedError | ConnectError)
                     if not retriable or clock() + backoff > give_up:
                         position = index if batch.positions is None else batch.positions[index]

@@ -6,6 +6,7 @@ import abc
 import asyncio
 import contextlib
 import queue
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 from .adapters import Adapters
 from .background import BackgroundLoop
+from .client import retried
 from .completions import Completion
 from .config import Timeouts
 from .data_client import Batch, DataClient
@@ -81,10 +83,20 @@ class GeneratingModel(ServedModel):
         completions = await self.acomplete(batch)
         return completions[0] if single and len(completions) == 1 else completions
 
-    def complete(self, batch: Sequence[GenerateRequest]) -> list[Completion]:
-        """Completes requests, all in flight at once; waits while a weight push is under way."""
+    def complete(
+        self,
+        batch: Sequence[GenerateRequest],
+        arrive: Callable[[list[Completion]], None] | None = None,
+    ) -> list[Completion]:
+        """Completes requests, all in flight at once; waits while a weight push is under way.
+
+        Args:
+            batch: the requests.
+            arrive: called with the completions of each request as soon as it is finished, on the
+                event loop that the others wait on: it must be quick.
+        """
         with self.sessions.held(batch) as ended:
-            prepared = self._prepare(batch)
+            prepared = replace(self._prepare(batch), arrive=arrive)
             loop, data = self._data_plane()
             ended.update(enumerate(loop.run(data.generate_all(prepared))))
         return _flat(ended)
@@ -108,11 +120,15 @@ class GeneratingModel(ServedModel):
             ended.update((i, g) for i, g in enumerate(groups) if isinstance(g, list))
         return groups
 
-    async def acomplete(self, batch: Sequence[GenerateRequest]) -> list[Completion]:
+    async def acomplete(
+        self,
+        batch: Sequence[GenerateRequest],
+        arrive: Callable[[list[Completion]], None] | None = None,
+    ) -> list[Completion]:
         """Same as `complete`, awaited on any event loop."""
         with self.sessions.held(batch) as ended:
             # In a thread: it may wait for a weight push, or ask a server.
-            prepared = await asyncio.to_thread(self._prepare, batch)
+            prepared = replace(await asyncio.to_thread(self._prepare, batch), arrive=arrive)
             loop, data = self._data_plane()
             try:
                 groups = await asyncio.wrap_future(loop.submit(data.generate_all(prepared)))
@@ -200,12 +216,14 @@ class GeneratingModel(ServedModel):
 
     def _prepare(self, batch: Sequence[GenerateRequest]) -> Batch:
         """Checks requests against the servers and waits for the weights to be whole."""
+        start = time.monotonic()
         self.check(batch)
         self.gate.wait_until_open(self.timeouts.request_s)
         cluster = self.cluster
         return Batch(
             requests=batch,
             cache_salt=self._cache_salt(),
+            within_s=self.timeouts.request_s - (time.monotonic() - start),
             seeded=self.info.features.deterministic,
             workers=tuple(w.url for w in cluster.workers) if cluster.behind_router else (),
         )
@@ -253,7 +271,8 @@ class GeneratingModel(ServedModel):
         """Separates prefixes cached under different weights, where the servers can."""
         if not self.info.capabilities.cache_salt:
             return None
-        return f"weights-{self.weight_version}"
+        version = retried(lambda: self.weight_version, self.timeouts.retry_s)
+        return f"weights-{version}"
 
 
 _Finished = tuple[int, list[Completion]] | None

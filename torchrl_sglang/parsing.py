@@ -65,7 +65,7 @@ def _parse(answer: Any, request: GenerateRequest, index: int) -> Completion:
         log_probs=log_probs,
         text=answer.get("text"),
         finish_type=kind,
-        matched_stop=reason.get("matched"),
+        matched_stop=_matched(reason.get("matched"), request),
         prompt_tokens=meta["prompt_tokens"],
         cached_tokens=meta.get("cached_tokens", 0),
         version_spans=_version_spans(meta, len(output_ids), request),
@@ -79,6 +79,12 @@ def _parse(answer: Any, request: GenerateRequest, index: int) -> Completion:
     )
 
 
+def _matched(stop: str | int | None, request: GenerateRequest) -> str | int | None:
+    """What ended a completion; of a regular expression the server only gives the pattern."""
+    sampling = request.sampling
+    return None if stop in sampling.stop_regex and stop not in sampling.stop else stop
+
+
 def _aborted_while_waiting(
     meta: Mapping[str, Any], output_ids: list[int], request: GenerateRequest
 ) -> tuple[Mapping[str, Any], list[int]]:
@@ -90,10 +96,17 @@ def _aborted_while_waiting(
     returns = request.returns
     if returns.sampling_mask or returns.hidden_states or returns.routed_experts:
         output_ids = []
-        empty = ("output_token_logprobs", "output_top_logprobs", "output_token_sampling_mask")
-        meta = {**meta, **dict.fromkeys((*empty, "output_token_sampling_logprobs"), [])}
-        meta |= {"completion_tokens": 0, "weight_versions": None}
-        meta |= {"hidden_states": [], "routed_experts": ""}
+        meta = {
+            **meta,
+            "completion_tokens": 0,
+            "weight_versions": None,
+            "output_token_logprobs": [],
+            "output_top_logprobs": [],
+            "output_token_sampling_mask": [],
+            "output_token_sampling_logprobs": [],
+            "hidden_states": [],
+            "routed_experts": "",
+        }
     return {**meta, "prompt_tokens": len(request.input_ids or ())}, output_ids
 
 

@@ -11,7 +11,7 @@ from torchrl.modules.llm.policies.common import LLMWrapperBase
 
 from .completions import Completion
 from .errors import ServiceError
-from .protocol import GenerateRequest, LogitProcessor
+from .protocol import LogitProcessor
 from .rollout.call import Call, shared_batcher
 from .rollout.resumed import ResumedCall
 from .rollout.setup import settle
@@ -173,7 +173,7 @@ class SGLangWrapper(LLMWrapperBase):
             ServiceError: the servers refused, failed or did not answer in time.
         """
         call = Call(tensordict, self._settled, self.service, kwargs)
-        return self._place(tensordict, call.outputs(self._complete(call.requests)), tensordict_out)
+        return self._place(tensordict, call.outputs(self._complete(call)), tensordict_out)
 
     async def agenerate(
         self,
@@ -185,7 +185,7 @@ class SGLangWrapper(LLMWrapperBase):
         """Same as calling it, awaited; cancelling it aborts its requests on the servers."""
         with set_list_to_stack(True):
             call = Call(tensordict, self._settled, self.service, kwargs)
-        completions = await self.service.acomplete(call.requests)
+        completions = await self.service.acomplete(call.requests, call.arrive)
         with set_list_to_stack(True):
             return self._place(tensordict, call.outputs(completions), tensordict_out)
 
@@ -205,14 +205,14 @@ class SGLangWrapper(LLMWrapperBase):
             InputError: tokens, masks, log-probs or finish reasons are missing.
         """
         call = ResumedCall(tensordict, self._settled, self.service, kwargs)
-        completions = self._complete(call.requests) if call.requests else []
+        completions = self._complete(call) if call.requests else []
         return self._place(tensordict, call.outputs(completions), None)
 
-    def _complete(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+    def _complete(self, call: Call) -> list[Completion]:
         if self._batcher is None:
-            return self.service.complete(requests)
-        self.service.check(requests)
-        groups = self._batcher.call(requests, len(requests))
+            return self.service.complete(call.requests, call.arrive)
+        self.service.check(call.requests)
+        groups = self._batcher.call(call.requests, len(call.requests))
         completions: list[Completion] = []
         for group in groups:
             if isinstance(group, ServiceError):
@@ -242,6 +242,7 @@ class SGLangWrapper(LLMWrapperBase):
         given = {k: v for k, v in self._given.items() if k != "input_key"}
         if kwargs.get("generate") is False:
             given |= {"return_log_probs": None, "num_samples": None, "generate_kwargs": None}
+            given |= {"processor": None, "extras": ()}
         service = kwargs.pop("service", kwargs.pop("model", self.service))
         return type(self)(service, **{**given, "tokenizer": self.tokenizer, **kwargs})
 

@@ -190,16 +190,20 @@ class GenerateRequest:
         """The JSON object for all ``sampling.n`` completions of this prompt.
 
         The server's own ``n`` computes the prompt once. Its samples share one seed, which makes
-        them identical on a server that samples deterministically: there each gets a request of
-        its own in one batch.
+        them identical on a server that samples deterministically, and it fails where sampling masks
+        are asked for: there each sample gets a request of its own in one batch.
 
         Args:
-            seeded: give each sample an id and a seed of its own.
+            seeded: give each sample an id and a seed of its own; the server gives all the same.
             cache_salt: as in `body`.
         """
         body = self.body(cache_salt)
         count = self.num_samples
-        if count == 1 or not seeded:
+        if count == 1:
+            if seeded and not self.scoring:
+                body["sampling_params"]["sampling_seed"] = self.seeds()[0]
+            return body
+        if not (seeded or self.returns.sampling_mask):
             return body
         for name in _PER_REQUEST & body.keys():
             body[name] = [body[name]] * count

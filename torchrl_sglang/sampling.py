@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -42,9 +43,11 @@ class SamplingParams:
     Attributes:
         max_new_tokens: most tokens to generate, >= 1.
         min_new_tokens: fewest tokens before EOS or a stop token is allowed.
-        temperature: 0 is greedy; reported log-probs are those after the temperature.
+        temperature: 0 is greedy; reported log-probs are those after the temperature, and at
+            temperature 1 where it is greedy.
         top_p: nucleus mass in (0, 1]; see ``log_probs_mode`` of `SGLangWrapper`.
-        top_k: number of candidates, -1 for all; see ``log_probs_mode``.
+        top_k: number of candidates, -1 for all; see ``log_probs_mode``. 1 is greedy, and is sent as
+            temperature 0: else the reported log-probs would depend on the batch's other requests.
         min_p: smallest probability relative to the most likely token; see ``log_probs_mode``.
         repetition_penalty: 1 is off; included in the reported log-probs.
         frequency_penalty: 0 is off; included in the reported log-probs.
@@ -124,10 +127,13 @@ class SamplingParams:
         """
         return cls().updated(kwargs or {})
 
-    def updated(self, kwargs: Mapping[str, Any]) -> SamplingParams:
-        """These parameters with ``kwargs`` laid over them; errors as in `from_kwargs`."""
+    def updated(self, kwargs: Mapping[str, Any], others: Collection[str] = ()) -> SamplingParams:
+        """These parameters with ``kwargs`` laid over them; errors as in `from_kwargs`.
+
+        ``others`` names what else can be said in the same place: an error offers it too.
+        """
         known = {f.name for f in fields(self)}
-        return replace(self, **canonical(kwargs, known, self.temperature))
+        return replace(self, **canonical(kwargs, known, self.temperature, others))
 
     def body(self) -> dict[str, Any]:
         """The ``sampling_params`` object of SGLang's ``/generate``."""
@@ -139,7 +145,14 @@ class SamplingParams:
             sent["logit_bias"] = {str(i): bias for i, bias in self.logit_bias.items()}
         if self.n == 1:
             del sent["n"]
+        if self.greedy:
+            sent["temperature"] = 0.0
         return sent
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, with probability 1."""
+        return self.temperature == 0 or self.top_k == 1
 
     @property
     def truncates(self) -> tuple[str, ...]:
@@ -193,6 +206,15 @@ def _strings(value: Any) -> bool:
     return len(value) <= MAX_STOPS and all(isinstance(s, str) and s for s in value)
 
 
+def _stop_regex(pattern: str) -> bool:
+    """SGLang compiles these with Python's own ``re``, and answers 500 where that fails."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return len(pattern.encode()) <= MAX_STOP_REGEX_LENGTH
+
+
 def _biases(value: Any) -> bool:
     if value is None:
         return True
@@ -222,8 +244,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "stop": (_strings, f"at most {MAX_STOPS} non-empty strings"),
     "stop_token_ids": (lambda v: all(_count(i) and i >= 0 for i in v), "integers >= 0"),
     "stop_regex": (
-        lambda v: _strings(v) and all(len(s) <= MAX_STOP_REGEX_LENGTH for s in v),
-        f"at most {MAX_STOPS} regular expressions of at most {MAX_STOP_REGEX_LENGTH} characters",
+        lambda v: _strings(v) and all(map(_stop_regex, v)),
+        f"at most {MAX_STOPS} regular expressions of at most {MAX_STOP_REGEX_LENGTH} bytes",
     ),
     "ignore_eos": _FLAG,
     "regex": _GRAMMAR,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .errors import UnsupportedOptionError
@@ -35,13 +35,19 @@ REFUSED = {
 }
 
 
-def canonical(kwargs: Mapping[str, Any], known: set[str], temperature: float) -> dict[str, Any]:
+def canonical(
+    kwargs: Mapping[str, Any],
+    known: set[str],
+    temperature: float,
+    others: Collection[str] = (),
+) -> dict[str, Any]:
     """User names to field names; ``do_sample`` becomes a temperature.
 
     Args:
         kwargs: what the user wrote.
         known: names of the fields.
         temperature: the one that holds where ``kwargs`` gives none.
+        others: what else can be said in the same place, for whom a name may be meant.
 
     Raises:
         UnsupportedOptionError: an unknown or unsupported name, or one given under two spellings.
@@ -52,7 +58,7 @@ def canonical(kwargs: Mapping[str, Any], known: set[str], temperature: float) ->
             continue
         name = ALIASES.get(given, given)
         if name not in known:
-            raise UnsupportedOptionError(unknown(given, known))
+            raise UnsupportedOptionError(unknown(given, known, others))
         if name in result:
             raise UnsupportedOptionError(f"{given!r} and another spelling of {name!r} are given.")
         result[name] = value
@@ -78,10 +84,11 @@ def _apply_do_sample(do_sample: Any, result: dict[str, Any], temperature: float)
         result["temperature"] = 0.0
 
 
-def unknown(name: str, known: set[str]) -> str:
+def unknown(name: str, known: set[str], others: Collection[str] = ()) -> str:
     """What to say of a name that is no field."""
     if name in REFUSED:
         return f"sampling option {name!r} is not supported: {REFUSED[name]}"
-    near = difflib.get_close_matches(name, [*known, *ALIASES, "do_sample"], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known))}."
+    near = difflib.get_close_matches(name, [*known, *ALIASES, "do_sample", *others], n=1)
+    names = ", ".join(sorted({*known, *others}))
+    hint = f" Did you mean {near[0]!r}?" if near else f" Known: {names}."
     return f"unknown sampling option {name!r}.{hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,15 +12,15 @@ from tensordict import LazyStackedTensorDict, TensorDictBase
 from ..batching import Batcher, BatchingConfig
 from ..completions import Completion
 from ..errors import EmptyBatchError, InputError, ServiceError
-from ..outputs import build_outputs, make_rows, stacked
+from ..outputs import Arrived, build_outputs, make_rows, stacked
 from ..prompts import Prompts, read_prompts
 from ..protocol import GenerateRequest
 from ..service import AsyncSGLang
 from .facts import build_info
 from .row_requests import CallOptions, check_log_probs, make_requests, read_row_options
-from .scoring import build_scores, check_scoring
+from .scoring import build_scores, check_scoring, read_places, scoring_requests
 from .setup import Settled, flattened, text_options, unflattened
-from .texts import content, decode_responses
+from .texts import content
 from .turns import Message, Turn, chat_key
 
 Groups = list[list[Completion] | ServiceError]
@@ -65,32 +66,40 @@ class Call:
         self.requests = self._make_requests(flat, service)
 
     def _make_requests(self, flat: TensorDictBase, service: AsyncSGLang) -> list[GenerateRequest]:
-        if not self._settled.generate:
-            return [
-                GenerateRequest(input_ids=tuple(ids), scoring=True, lora=self._options.lora)
-                for ids in self._prompts.ids
-            ]
         rows = read_row_options(flat, self._settled.sampling_key)
+        if not self._settled.generate:
+            self._places = read_places(flat, self._prompts, self._settled.prompts)
+            return scoring_requests(self._prompts, rows, self._options)
         return make_requests(self._prompts, rows, self._options, service)
+
+    @functools.cached_property
+    def _arrived(self) -> Arrived:
+        settled = self._settled
+        needs_text = settled.outputs.text_key is not None or settled.mode == "history"
+        return Arrived(settled.tokenizer if needs_text and settled.generate else None)
+
+    def arrive(self, completions: Sequence[Completion]) -> None:
+        """Does what can be done as soon as one request is finished."""
+        if self._settled.generate:
+            for completion in completions:
+                self._arrived.take(completion)
 
     def outputs(self, completions: Sequence[Completion]) -> TensorDictBase:
         """The outputs, in the input's batch dimensions (and one of samples)."""
         settled, prompts = self._settled, self._prompts
         if not settled.generate:
-            scores = build_scores(prompts, completions, settled.outputs)
+            scores = build_scores(prompts, completions, self._places, settled.outputs)
             return unflattened(scores, self._batch_size, None)
         if self._options.sampling.n > 1:
             prompts = repeated(prompts, self._options.sampling.n)
-        out = self._rows(prompts, exact(completions, self._options))
+        out = self._rows(prompts, exact(self.requests, completions, self._options))
         return unflattened(out, self._batch_size, settled.num_samples)
 
     def _rows(self, prompts: Prompts, completions: Sequence[Completion]) -> LazyStackedTensorDict:
         settled = self._settled
         spec = replace(settled.outputs, text=text_options(self._options.sampling))
-        rows = make_rows(prompts, completions, spec)
-        tokenizer = settled.tokenizer
-        needs_text = spec.text_key is not None or prompts.chats is not None
-        decoded = decode_responses(completions, tokenizer) if tokenizer and needs_text else None
+        rows = make_rows(prompts, completions, self._arrived, spec)
+        decoded = self._arrived.texts(completions)
         columns = build_outputs(rows, prompts, completions, decoded, spec)
         if settled.info.key is not None:
             columns[settled.info.key] = build_info(rows, completions, settled.info)
@@ -133,10 +142,10 @@ def updated_options(
     own = dict(kwargs)
     lora = own.pop("lora", options.lora)
     processor = own.pop("processor", options.processor)
-    sampling = options.sampling.updated(own)
+    sampling = options.sampling.updated(own, ("lora", "processor"))
     options = replace(options, sampling=sampling, lora=lora, processor=processor)
     if not settled.generate:
-        check_scoring(sampling)
+        check_scoring(sampling, processor)
         return options
     if sampling.n != (settled.num_samples or 1):
         raise InputError(
@@ -147,13 +156,18 @@ def updated_options(
     return options
 
 
-def exact(completions: Sequence[Completion], options: CallOptions) -> Sequence[Completion]:
+def exact(
+    requests: Sequence[GenerateRequest], completions: Sequence[Completion], options: CallOptions
+) -> Sequence[Completion]:
     """In corrected mode, log-probs of the distribution that was sampled from."""
-    if options.log_probs_mode != "corrected":
+    if options.log_probs_mode != "corrected" or not options.return_log_probs:
         return completions
+    asked = [request for request in requests for _ in range(request.num_samples)]
     return [
-        c if c.sampling_log_probs is None else replace(c, log_probs=c.sampling_log_probs)
-        for c in completions
+        replace(completion, log_probs=[0.0] * len(completion.output_ids))
+        if request.sampling.greedy
+        else replace(completion, log_probs=completion.sampling_log_probs or completion.log_probs)
+        for request, completion in zip(asked, completions, strict=True)
     ]
 
 

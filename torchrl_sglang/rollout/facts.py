@@ -118,7 +118,12 @@ def token_versions(completion: Completion) -> torch.Tensor:
 
 def _top(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
     """``top_log_probs`` float32 and ``top_token_ids`` int64, ``[R, k]``."""
-    tables = [torch.tensor(c.top_log_probs, dtype=torch.float64) for c in completions]
+    tables = [
+        torch.tensor(c.top_log_probs, dtype=torch.float64).view(len(c.output_ids), -1, 2)
+        if c.top_log_probs
+        else torch.empty(0, 0, 2)
+        for c in completions
+    ]
     return {
         "top_log_probs": [table[..., 0].float() for table in tables],
         "top_token_ids": [table[..., 1].long() for table in tables],
@@ -148,7 +153,10 @@ def _hidden_states(completions: Sequence[Completion], rows: Rows) -> dict[str, A
     """
     states = []
     for completion in completions:
-        prompt, *sampled = completion.hidden_states or [[]]
+        if not completion.output_ids or not completion.hidden_states:
+            states.append(torch.empty(0, 0))
+            continue
+        prompt, *sampled = completion.hidden_states
         states.append(torch.tensor([prompt[-1], *sampled])[: len(completion.output_ids)])
     return {"hidden_states": states}
 
@@ -157,7 +165,10 @@ def _routed_experts(completions: Sequence[Completion], rows: Rows) -> dict[str, 
     """``routed_experts`` int32 ``[P + R - 1, layers * experts per token]``."""
     experts = []
     for completion, prompt in zip(completions, rows.prompts, strict=True):
-        raw = bytearray(base64.b64decode(completion.routed_experts or ""))
+        if not completion.routed_experts:  # aborted before it began
+            experts.append(torch.empty(0, 0, dtype=torch.int32))
+            continue
+        raw = bytearray(base64.b64decode(completion.routed_experts))
         num_tokens = len(prompt) + len(completion.output_ids) - 1
         experts.append(torch.frombuffer(raw, dtype=torch.int32).reshape(num_tokens, -1))
     return {"routed_experts": experts}

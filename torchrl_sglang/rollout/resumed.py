@@ -72,7 +72,7 @@ class ResumedCall(Call):
 
     def outputs(self, completions: Sequence[Completion]) -> TensorDictBase:
         """All rows; those that were aborted with both of their parts."""
-        fresh = iter(exact(completions, self._options))
+        fresh = iter(exact(self.requests, completions, self._options))
         whole = [
             joined(part, next(fresh)) if part.finish_type == "abort" else part
             for part in self._parts

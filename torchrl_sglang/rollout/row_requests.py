@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import LazyStackedTensorDict, NestedKey, NonTensorStack, TensorDictBase
 
 from ..errors import ConfigError, InputError, UnsupportedOptionError
 from ..features import Features
@@ -23,6 +23,9 @@ LOG_PROBS_MODES: tuple[LogProbsMode, ...] = ("reported", "corrected", "strict")
 
 # What a row can say beside sampling options.
 ROW_OPTIONS = ("action_mask", "lora", "session")
+
+# Sampling options that change the text alone.
+TEXT_OPTIONS = ("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
 
 
 class BehaviourLogProbWarning(UserWarning):
@@ -110,11 +113,22 @@ def make_requests(
         if row_options and row_options[index]:
             fields = _row_fields(row_options[index], options, features, index)
         if fields.get("session") is not None:
-            request = service.sessions.request(ids, **fields)
+            request = _in_session(service, ids, fields, index)
         else:
             request = GenerateRequest(input_ids=tuple(ids), media=media[index], **fields)
         requests.append(request)
     return requests
+
+
+def _in_session(
+    service: Any, ids: Sequence[int], fields: Mapping[str, Any], index: int
+) -> GenerateRequest:
+    try:
+        request: GenerateRequest = service.sessions.request(ids, **fields)
+    except (ConfigError, InputError) as error:
+        error.add_note(f"row {index} of the batch")
+        raise
+    return request
 
 
 def _media(prompts: Prompts) -> Sequence[Media | None]:
@@ -129,8 +143,11 @@ def _row_fields(
     """A row's own options, laid over the call's."""
     try:
         own = {k: v for k, v in row.items() if k not in ROW_OPTIONS}
-        changed = replace(options, sampling=options.sampling.updated(own)) if own else options
+        changed = options
         if own:
+            sampling = options.sampling.updated(own, ROW_OPTIONS)
+            changed = replace(options, sampling=sampling)
+            check_row_sampling(sampling, options.sampling)
             check_log_probs(changed)
         if changed.log_probs_mode == "corrected":
             changed = corrected(changed, features)
@@ -141,11 +158,6 @@ def _row_fields(
     except (ConfigError, InputError) as error:
         error.add_note(f"row {index} of the batch")
         raise
-    if changed.sampling.n != options.sampling.n:
-        raise UnsupportedOptionError(
-            f"row {index} has n={changed.sampling.n}, the call {options.sampling.n}: every row of "
-            "a batch has the same number of samples."
-        )
     return {
         "sampling": changed.sampling,
         "return_log_probs": changed.return_log_probs,
@@ -157,6 +169,21 @@ def _row_fields(
     }
 
 
+def check_row_sampling(row: SamplingParams, call: SamplingParams) -> None:
+    """Raises `UnsupportedOptionError` for what can't differ from row to row."""
+    if row.n != call.n:
+        raise UnsupportedOptionError(
+            f"a row has n={row.n}, the call {call.n}: every row of a batch has the same number of "
+            "samples."
+        )
+    for name in TEXT_OPTIONS:
+        if getattr(row, name) != getattr(call, name):
+            raise UnsupportedOptionError(
+                f"a row has {name}={getattr(row, name)!r}, the call {getattr(call, name)!r}: how "
+                "text is written is the same for all rows of a batch."
+            )
+
+
 def corrected(options: CallOptions, features: Features) -> CallOptions:
     """Asks for the log-prob among the tokens kept, wherever that differs from the reported one.
 
@@ -164,41 +191,56 @@ def corrected(options: CallOptions, features: Features) -> CallOptions:
     is set, and is accounted for like any other.
     """
     sampling = options.sampling
-    if not options.return_log_probs or not (sampling.truncates or sampling.temperature == 0):
-        return options
+    if not options.return_log_probs or sampling.greedy or not sampling.truncates:
+        return options  # greedy: probability 1, see `exact`
     if sampling.top_k == -1 and features.sampling_mask_tokens:
         sampling = replace(sampling, top_k=features.sampling_mask_tokens)
     return replace(options, sampling=sampling, returns=replace(options.returns, sampling_mask=True))
 
 
 def read_row_options(td: TensorDictBase, key: NestedKey | None) -> list[dict[str, Any]]:
-    """Each row's options under ``key``; an empty list where there are none.
+    """Each row's options under ``key``, which may differ from row to row; none: an empty list.
 
     Raises:
         InputError: something that does not hold one value per row.
     """
-    options = None if key is None else td.get(key, None)
-    if options is None:
+    if key is None:
         return []
-    if not hasattr(options, "keys") or options.batch_size[: td.ndim] != td.batch_size:
-        raise InputError(
-            f"{key!r} should be a TensorDict of the input's batch size with one value per row, "
-            f"such as {{'temperature': tensor of shape [batch]}}, got {options!r:.200}."
-        )
-    rows: list[dict[str, Any]] = [{} for _ in range(td.batch_size[0])]
-    for name in list(options.keys()):
-        for row, value in zip(rows, _values(options, name), strict=True):
-            if value is not None:
-                row[name] = value
-    return rows
+    if isinstance(td, LazyStackedTensorDict):  # rows that lack the key, or options of others
+        rows = [row.get(key, None) for row in td.unbind(0)]
+        if all(options is None for options in rows):
+            return []
+    else:
+        stacked = td.get(key, None)
+        if stacked is None:
+            return []
+        if not hasattr(stacked, "keys") or stacked.batch_size[:1] != td.batch_size:
+            raise InputError(_no_options(key, stacked))
+        rows = stacked.unbind(0)
+    for options in rows:
+        if options is not None and not hasattr(options, "keys"):
+            raise InputError(_no_options(key, options))
+    return [{} if options is None else _plain(options) for options in rows]
 
 
-def _values(options: TensorDictBase, name: str) -> list[Any]:
-    """One Python value per row; masks stay tensors."""
-    values = [row.get(name) for row in options.unbind(0)]
-    return [
-        (value if value.ndim else value.item()) if isinstance(value, torch.Tensor) else value
-        for value in (
-            getattr(v, "data", v) if not isinstance(v, torch.Tensor) else v for v in values
-        )
-    ]
+def _no_options(key: NestedKey, given: Any) -> str:
+    return (
+        f"{key!r} should be a TensorDict of the input's batch size with one value per row, such "
+        f"as {{'temperature': tensor of shape [batch]}}, got {given!r:.200}."
+    )
+
+
+def _plain(options: TensorDictBase) -> dict[str, Any]:
+    """One row's options as Python values; masks stay tensors, and None is left out."""
+    plain = {}
+    for name in options.keys():  # noqa: SIM118  # iterating a TensorDict gives its rows
+        value = options.get(name)
+        if isinstance(value, torch.Tensor):
+            value = value if name == "action_mask" else value.tolist()
+        elif isinstance(value, NonTensorStack):
+            value = value.tolist()
+        else:
+            value = getattr(value, "data", value)
+        if value is not None:
+            plain[name] = value
+    return plain

@@ -2,74 +2,201 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, MetaData, TensorDict
+from tensordict import LazyStackedTensorDict, MetaData, NestedKey, TensorDict, TensorDictBase
 from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from ..completions import Completion
-from ..errors import ResponseError, UnsupportedOptionError
+from ..errors import ConfigError, ResponseError, UnsupportedOptionError
 from ..outputs import OutputSpec
-from ..prompts import Prompts
+from ..prompts import Prompts, PromptSpec
+from ..protocol import GenerateRequest
 from ..sampling import SamplingParams
+from .padding import masks_or_none, rows_of
+from .row_requests import ROW_OPTIONS, CallOptions
 
-Lay = Callable[[list[torch.Tensor], Any], Any]
+# What changes the distribution, and can't be had when a prompt is scored.
+NOT_SCORED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "min_new_tokens",
+    "regex",
+    "json_schema",
+    "ebnf",
+    "structural_tag",
+)
 
 
-def check_scoring(sampling: SamplingParams) -> None:
+def check_scoring(sampling: SamplingParams, processor: Any = None) -> None:
     """Raises `UnsupportedOptionError` for an option that scoring can't follow.
 
-    SGLang scores prompts at temperature 1, without penalties, biases or truncation.
+    SGLang scores prompts at temperature 1, without penalties, biases, grammars or truncation.
     """
-    neutral = SamplingParams(max_new_tokens=sampling.max_new_tokens, ignore_eos=sampling.ignore_eos)
-    fields = ("temperature", "repetition_penalty", "frequency_penalty", "presence_penalty")
-    changed = [
-        name
-        for name in (*fields, "top_p", "top_k", "min_p", "logit_bias")
-        if getattr(sampling, name) != getattr(neutral, name)
-    ]
+    neutral = SamplingParams()
+    changed = [n for n in NOT_SCORED if getattr(sampling, n) != getattr(neutral, n)]
+    if processor is not None:
+        changed.append("processor")
     if changed:
         raise UnsupportedOptionError(
-            f"generate=False scores at temperature 1 without {', '.join(changed)}, whatever is "
-            "asked: leave them out. To score at another temperature, use a TransformersWrapper."
+            f"generate=False scores at temperature 1 and can't follow {', '.join(changed)}: leave "
+            "that out. To score at another temperature, use a TransformersWrapper."
         )
 
 
+def scoring_requests(
+    prompts: Prompts, row_options: Sequence[Mapping[str, Any]], options: CallOptions
+) -> list[GenerateRequest]:
+    """One request per text.
+
+    Raises:
+        UnsupportedOptionError: a row has an option that scoring can't follow.
+    """
+    adapters = [options.lora] * len(prompts.ids)
+    for index, row in enumerate(row_options):
+        adapters[index] = row.get("lora", options.lora)
+        own = {name: value for name, value in row.items() if name not in ROW_OPTIONS}
+        try:
+            check_scoring(options.sampling.updated(own, ROW_OPTIONS), row.get("action_mask"))
+        except ConfigError as error:
+            error.add_note(
+                f"row {index} of the batch; with sampling_key=None, rows have no options of their "
+                "own"
+            )
+            raise
+    return [
+        GenerateRequest(input_ids=tuple(ids), scoring=True, lora=adapter)
+        for ids, adapter in zip(prompts.ids, adapters, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the ids of each row stand in the input, and what is known of them.
+
+    Attributes:
+        attended: bool ``[T]`` per row, True where its ids stand; without padding all of it.
+        assistant_masks: bool ``[ids]`` per row, which of them an assistant wrote.
+    """
+
+    attended: list[torch.Tensor]
+    assistant_masks: list[torch.Tensor] | None
+
+    def lay(self, rows: list[torch.Tensor], fill: Any, padded: bool) -> Any:
+        """Values of the ids: as they are, or in the input's padded rows, padded on the left."""
+        if not padded:
+            return rows
+        full = [
+            torch.full(mask.shape, fill, dtype=row.dtype)
+            for row, mask in zip(rows, self.attended, strict=True)
+        ]
+        for target, row, mask in zip(full, rows, self.attended, strict=True):
+            target[mask] = row
+        return pad_sequence(full, True, fill, padding_side="left")
+
+
+def read_places(td: TensorDictBase, prompts: Prompts, spec: PromptSpec) -> Places:
+    """Places of a batch that is scored.
+
+    Padded tokens stay where they are, so that their scores line up with other values of the same
+    layout. An assistant mask of the input is kept where it belongs to the very ids that are scored.
+    """
+    attended = [torch.ones(len(ids), dtype=torch.bool) for ids in prompts.ids]
+    written = prompts.assistant_masks
+    if written is not None:
+        return Places(attended=attended, assistant_masks=[torch.tensor(mask) for mask in written])
+    key = spec.input_key if spec.mode == "tokens" else _below(spec.tokens_key, "full")
+    rows = None if key is None else rows_of(td, key)
+    if rows is None:
+        return Places(attended=attended, assistant_masks=None)
+    masks = masks_or_none(td, spec.masks_key, spec.attention_mask_key, len(rows))
+    standing = [
+        _standing(row.cpu(), mask, ids)
+        for row, mask, ids in zip(rows, masks, prompts.ids, strict=True)
+    ]
+    same = all(
+        row.cpu()[where].tolist() == ids
+        for row, where, ids in zip(rows, standing, prompts.ids, strict=True)
+    )
+    return Places(
+        attended=standing if spec.mode == "tokens" else attended,
+        assistant_masks=_carried(td, standing, spec) if same else None,
+    )
+
+
+def _below(key: NestedKey | None, part: str) -> NestedKey | None:
+    if key is None:
+        return None
+    return (*key, part) if isinstance(key, tuple) else (key, part)
+
+
+def _standing(row: torch.Tensor, mask: torch.Tensor | None, ids: Sequence[int]) -> torch.Tensor:
+    """Where ``ids`` stand in a row: where the mask says, else after the pads it begins with."""
+    if mask is not None and mask.shape == row.shape:
+        return mask.cpu().bool()
+    where = torch.zeros(row.shape, dtype=torch.bool)
+    first = (row == ids[0]).nonzero()
+    if len(first):
+        start = int(first[0])
+        where[start : start + len(ids)] = True
+    return where
+
+
+def _carried(
+    td: TensorDictBase, standing: Sequence[torch.Tensor], spec: PromptSpec
+) -> list[torch.Tensor] | None:
+    key = _below(spec.masks_key, "all_assistant_mask")
+    masks = None if key is None else rows_of(td, key)
+    if masks is None:
+        return None
+    fits = all(mask.shape == where.shape for mask, where in zip(masks, standing, strict=True))
+    if not fits:
+        return None
+    return [mask.cpu().bool()[where] for mask, where in zip(masks, standing, strict=True)]
+
+
 def build_scores(
-    prompts: Prompts, completions: Sequence[Completion], spec: OutputSpec
+    prompts: Prompts, completions: Sequence[Completion], places: Places, spec: OutputSpec
 ) -> LazyStackedTensorDict:
     """The scores of one batch, as a lazy stack of one row per text.
 
-    Shapes: ``full`` and masks ``[T]`` per row; padded on the left where ``spec.padded``. Log-probs
-    are float32, at temperature 1, and NaN for the first token, which nothing precedes; 0 in
-    padding, as TorchRL has it.
+    Shapes: ``full`` and masks ``[T]`` per row; where ``spec.padded``, tokens that came padded keep
+    their places, and shorter rows are padded on the left. Log-probs are float32, at temperature 1,
+    and NaN for the first token, which nothing precedes; 0 in padding, as TorchRL has it.
     """
     if len(prompts.ids) != len(completions):
         raise ResponseError(f"{len(completions)} scores for {len(prompts.ids)} texts.")
     out = TensorDict(batch_size=[len(completions)]).to_lazystack(0)
-    lay: Lay = _left_padded if spec.padded else _as_it_is
     padded = MetaData(spec.padded)
+    ids = [torch.tensor(row) for row in prompts.ids]
     if spec.tokens_key is not None:
         tokens = Tokens._from_tensordict(out.empty())
-        tokens.full = lay([torch.tensor(ids) for ids in prompts.ids], spec.pad_id)
+        tokens.full = places.lay(ids, spec.pad_id, spec.padded)
         tokens.padded = padded
         out.set(spec.tokens_key, tokens)
     if spec.masks_key is not None:
         masks = Masks._from_tensordict(out.empty())
-        attended = [torch.ones(len(ids), dtype=torch.bool) for ids in prompts.ids]
-        masks.all_attention_mask = lay(attended, False)
-        if prompts.assistant_masks is not None:
-            written = [torch.tensor(mask, dtype=torch.bool) for mask in prompts.assistant_masks]
-            masks.all_assistant_mask = lay(written, False)
+        attended = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+        masks.all_attention_mask = places.lay(attended, False, spec.padded)
+        if places.assistant_masks is not None:
+            written = places.assistant_masks
+            masks.all_assistant_mask = places.lay(written, False, spec.padded)
         masks.padded = padded
         out.set(spec.masks_key, masks)
     if spec.log_probs_key is not None:
         log_probs = LogProbs._from_tensordict(out.empty())
         scores = [torch.tensor(c.input_log_probs, dtype=torch.float32) for c in completions]
-        log_probs.full = lay(scores, 0.0)
+        log_probs.full = places.lay(scores, 0.0, spec.padded)
         log_probs.padded = padded
         out.set(spec.log_probs_key, log_probs)
     if spec.text_key is not None and prompts.texts is not None:
@@ -81,11 +208,3 @@ def build_scores(
         history.full = prompts.history
         out.set(spec.history_key, history)
     return out
-
-
-def _as_it_is(rows: list[torch.Tensor], fill: Any) -> list[torch.Tensor]:
-    return rows
-
-
-def _left_padded(rows: list[torch.Tensor], fill: Any) -> torch.Tensor:
-    return pad_sequence(rows, True, fill, padding_side="left")

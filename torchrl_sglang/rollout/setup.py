@@ -88,7 +88,8 @@ def settle(given: Mapping[str, Any], served_tokenizer: str) -> Settled:
     if not generate:
         if given["return_log_probs"] is False:
             raise ConfigError("generate=False returns log-probs: return_log_probs can't be False.")
-        check_scoring(sampling)
+        check_scoring(sampling, given["processor"])
+        refuse(extras=(bool(parse_extras(given["extras"])), "generate=False returns scores alone"))
     batching = BatchingConfig.chosen(
         given["batching"],
         given["min_batch_size"],
@@ -100,6 +101,7 @@ def settle(given: Mapping[str, Any], served_tokenizer: str) -> Settled:
         key=given["rollout_key"],
         extras=parse_extras(given["extras"]),
     )
+    check_extras(info, given, tokenizer)
     call = _call_options(given, sampling, info)
     if generate:
         check_log_probs(call)
@@ -119,6 +121,20 @@ def settle(given: Mapping[str, Any], served_tokenizer: str) -> Settled:
     if not settled.out_keys:
         raise ConfigError("every output key is None: nothing would be returned.")
     return settled
+
+
+def check_extras(info: InfoSpec, given: Mapping[str, Any], tokenizer: Any) -> None:
+    """Raises `ConfigError` for extras that have nowhere to go, or more of them than there are."""
+    for name in info.extras:
+        key = "rollout_key"
+        if name == "input_log_probs":
+            key = "return_log_probs" if given["return_log_probs"] is False else "log_probs_key"
+        if given[key] in (None, False):
+            raise ConfigError(f"extras has {name!r}, and {key}={given[key]!r} leaves it out.")
+    most = info.extras.get("top_log_probs", 0)
+    if tokenizer is not None and most > len(tokenizer):
+        # It would end the server.
+        raise ConfigError(f"top_log_probs={most}, but there are {len(tokenizer)} tokens.")
 
 
 def _call_options(

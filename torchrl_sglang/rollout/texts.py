@@ -28,11 +28,6 @@ class TextOptions:
     keep_stop: bool = True
 
 
-def decode_responses(completions: Sequence[Completion], tokenizer: Any) -> list[str]:
-    """The sampled ids as text, special tokens included."""
-    return decode([c.output_ids for c in completions], tokenizer)
-
-
 def decode(ids: list[list[int]], tokenizer: Any) -> list[str]:
     """Ids as text, special tokens included."""
     if tokenizer.is_fast and not tokenizer.clean_up_tokenization_spaces:
