@@ -7,6 +7,7 @@
 #                For the small one: make env TORCH_INDEX=<url of a PyTorch CPU wheel index>
 #   DEMO_ARGS    more arguments for the demo, as in: make demo DEMO_ARGS="--iterations 3"
 #   PYTEST_ARGS  more arguments for pytest, as in: make test PYTEST_ARGS="-k weights -x"
+#   VERSIONS     releases for test-versions, as in: make test-versions VERSIONS="0.5.17 0.5.20"
 
 PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -14,6 +15,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 TORCH_INDEX ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+VERSIONS ?=
 
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
@@ -29,12 +31,13 @@ export PIP_USER := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test lint format docs clean clean-env
+.PHONY: help env demo test test-versions lint format docs clean clean-env
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
-	while IFS='|' read -r name what; do printf 'make %-10s %s\n' "$$name" "$$what"; done
-	@echo 'Variables: PYTHON, TORCH_INDEX, DEMO_ARGS, PYTEST_ARGS; the top of the Makefile says more.'
+	while IFS='|' read -r name what; do printf 'make %-14s %s\n' "$$name" "$$what"; done
+	@echo 'Variables: PYTHON, TORCH_INDEX, DEMO_ARGS, PYTEST_ARGS, VERSIONS; the top of the Makefile' \
+		'says more.'
 
 env: $(STAMP) ## create .venv with the pinned CPU engine, the tools and this package
 
@@ -43,6 +46,9 @@ demo: $(STAMP) ## train a tiny model against a real SGLang server on the CPU
 
 test: $(STAMP) ## run the test suite against a real SGLang server on the CPU
 	$(IN_VENV) -m pytest $(PYTEST_ARGS)
+
+test-versions: $(STAMP) ## run the tests against older releases of SGLang too (slow, 3 GB for each)
+	VERSIONS='$(VERSIONS)' TORCH_INDEX='$(TORCH_INDEX)' tools/test_versions.sh $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(IN_VENV) -m ruff check .

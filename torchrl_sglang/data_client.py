@@ -22,11 +22,19 @@ import orjson
 from .client import backoff_s, bearer, normalise_url, refusal
 from .completions import Completion
 from .config import Timeouts
-from .errors import ConnectError, RequestTimeoutError, ServerFailedError, ServiceError
+from .errors import (
+    ConnectError,
+    RequestAbortedError,
+    RequestTimeoutError,
+    ServerFailedError,
+    ServiceError,
+    UnsupportedOptionError,
+)
 from .parsing import parse_completions
 from .protocol import GenerateRequest, passes_router
 
 DESCRIPTORS_KEPT_FREE = 256
+ABORTED = 499  # what SGLang 0.5.17 answers for a request that was aborted while it waited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +74,8 @@ class DataClient:
         self._headers = {**bearer(api_key), "Content-Type": "application/json"}
         self._timeouts = timeouts
         self._session: aiohttp.ClientSession | None = None
-        self._attempt_rids: dict[str, str] = {}
+        # By a request's id: the ids under which its present attempt was sent.
+        self._sent_rids: dict[str, tuple[str, ...]] = {}
         self._turn = itertools.count()  # servers take turns where no router spreads requests
 
     async def generate_all(self, batch: Batch) -> list[list[Completion]]:
@@ -158,8 +167,9 @@ class DataClient:
         try:
             while True:
                 try:
-                    self._attempt_rids[first_rid] = request.rid
-                    return await self._post(request, batch)
+                    body = request.bodies(batch.seeded, batch.cache_salt)
+                    self._sent_rids[first_rid] = _rids(body, request)
+                    return await self._post(request, body, batch)
                 except ServiceError as error:
                     give_up = give_up or clock() + self._timeouts.retry_s
                     backoff = backoff_s(attempt)
@@ -172,14 +182,26 @@ class DataClient:
                 request = replace(request, rid=f"{first_rid[:32]}-{attempt}")
                 attempt += 1
         finally:
-            self._attempt_rids.pop(first_rid, None)
+            self._sent_rids.pop(first_rid, None)
 
-    def current_rids(self, rid: str) -> list[str]:
-        """The ids under which a request may be known to a server now."""
-        return [rid, *filter(None, [self._attempt_rids.get(rid)])]
+    def sent_rids(self, rid: str) -> Sequence[str]:
+        """The ids under which a request is known to a server now.
 
-    async def _post(self, request: GenerateRequest, batch: Batch) -> list[Completion]:
-        body = request.bodies(batch.seeded, batch.cache_salt)
+        Raises:
+            UnsupportedOptionError: it has samples, to which the server gave ids of its own.
+        """
+        rids = self._sent_rids.get(rid, (rid,))
+        if not rids:
+            raise UnsupportedOptionError(
+                f"request {rid} has several samples, whose ids the server keeps to itself: they "
+                "can't be aborted one by one. Cancel the call, abort everything, or send one "
+                "request per sample."
+            )
+        return rids
+
+    async def _post(
+        self, request: GenerateRequest, body: Mapping[str, Any], batch: Batch
+    ) -> list[Completion]:
         url = self._destination(request, body, batch) + "/generate"
         try:
             async with self._pool().post(url, data=orjson.dumps(body)) as response:
@@ -190,6 +212,8 @@ class DataClient:
             raise ServerFailedError(
                 f"POST {url}: the connection broke: {type(error).__name__}: {error}"
             ) from error
+        if response.status == ABORTED:
+            raise RequestAbortedError(f"request {request.rid} was aborted before it ran.")
         if response.status >= 400:
             raise refusal("POST", url, response.status, answer.decode(errors="replace"))
         return parse_completions(_json(answer, url), request)
@@ -217,6 +241,13 @@ class DataClient:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+
+def _rids(body: Mapping[str, Any], request: GenerateRequest) -> tuple[str, ...]:
+    """The ids in a body; none where the server makes its own."""
+    if isinstance(body["rid"], list):
+        return tuple(body["rid"])
+    return (body["rid"],) if request.num_samples == 1 else ()
 
 
 def _json(answer: bytes, url: str) -> Any:

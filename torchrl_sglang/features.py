@@ -47,6 +47,8 @@ class Features:
         """
         if not self.tokenizer:
             self._check_without_tokenizer(request)
+        if self.deterministic and request.sampling.min_p > 0:
+            raise UnsupportedOptionError(MIN_P)
         returns, media = request.returns, request.media
         for asked, offered, what in (
             (returns.hidden_states, self.hidden_states, HIDDEN_STATES),
@@ -90,7 +92,7 @@ class Features:
         if most == 0:
             raise UnsupportedOptionError(
                 "this version of SGLang returns no sampling mask, which log_probs_mode='corrected' "
-                "and extras={'sampling_mask': True} need; SGLang 0.5.20 and later do."
+                "and extras={'sampling_mask': True} need; SGLang 0.5.17 and later do."
             )
         if request.sampling.temperature > 0 and not 1 <= top_k <= most:
             raise UnsupportedOptionError(
@@ -99,6 +101,10 @@ class Features:
             )
 
 
+MIN_P = (
+    "min_p is given, but servers that sample deterministically end where one request has it: use "
+    "top_p, or start them without enable_deterministic_inference."
+)
 HIDDEN_STATES = (
     "hidden states are asked for, which the servers don't return: start them with "
     "enable_return_hidden_states=True."

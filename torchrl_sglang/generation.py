@@ -197,22 +197,29 @@ class GeneratingModel(ServedModel):
             sent.cancel()
 
     def abort(self, rid: str | None = None) -> None:
-        """Aborts one request, or every request of every client.
+        """Aborts one request, or every request of every client, that a server has by now.
 
         What it had generated comes back where the request has ``partial_allowed``; other requests
-        raise `RequestAbortedError`.
+        raise `RequestAbortedError`. An id that no server has is no error: it may just have ended.
 
         Args:
             rid: id of the request; None aborts all.
 
         Raises:
-            ServiceError: a server did not take the order.
+            UnsupportedOptionError: the request has several samples, which the server names itself.
+            ServiceError: a server did not take the order; the others have it.
         """
         _, data = self._data_plane()
-        rids = [""] if rid is None else data.current_rids(rid)
+        rids = [""] if rid is None else data.sent_rids(rid)
+        failures: list[ServiceError] = []
         for worker in self.workers:
-            for one in rids:
-                worker.post("/abort_request", {"rid": one, "abort_all": rid is None})
+            try:
+                for one in rids:
+                    worker.post("/abort_request", {"rid": one, "abort_all": rid is None})
+            except ServiceError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _prepare(self, batch: Sequence[GenerateRequest]) -> Batch:
         """Checks requests against the servers and waits for the weights to be whole."""

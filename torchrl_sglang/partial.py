@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .completions import Completion, VersionSpan
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedOptionError
 from .protocol import GenerateRequest, new_rid
+from .sampling import SamplingParams
 
 T = TypeVar("T")
 
@@ -17,28 +18,44 @@ def continuation(request: GenerateRequest, so_far: Completion) -> GenerateReques
     """The request that goes on where an aborted one stopped.
 
     Its prompt is the prompt and what was sampled; ``max_new_tokens`` and ``min_new_tokens`` count
-    from the start of the first part.
+    from the start of the first part. Penalties and stop strings see the second part alone.
 
     Raises:
         ConfigError: the completion was not aborted, or the request has no ids, or several samples.
+        UnsupportedOptionError: a grammar, which would begin again.
     """
     if so_far.finish_type != "abort":
         raise ConfigError(f"request {so_far.rid} ended with {so_far.finish_type!r}: it is whole.")
     if request.input_ids is None or request.num_samples != 1:
         raise ConfigError("only requests of token ids with one sample can go on after an abort.")
-    done = len(so_far.output_ids)
-    sampling = request.sampling
-    left = sampling.max_new_tokens - done
-    if left < 1:
-        raise ConfigError(f"request {so_far.rid} has its {sampling.max_new_tokens} tokens already.")
     return replace(
         request,
         input_ids=(*request.input_ids, *so_far.output_ids),
-        sampling=replace(
-            sampling, max_new_tokens=left, min_new_tokens=max(0, sampling.min_new_tokens - done)
-        ),
+        sampling=sampling_left(request.sampling, len(so_far.output_ids)),
         rid=new_rid(),
     )
+
+
+def sampling_left(sampling: SamplingParams, done: int) -> SamplingParams:
+    """How to sample on after ``done`` tokens; limits count from the first of them.
+
+    Raises:
+        ConfigError: there are as many as there may be.
+        UnsupportedOptionError: a grammar, which would begin again.
+    """
+    left = sampling.max_new_tokens - done
+    if left < 1:
+        raise ConfigError(
+            f"a completion was aborted after {done} tokens, and max_new_tokens="
+            f"{sampling.max_new_tokens} counts from its start: give a larger one."
+        )
+    if sampling.grammar is not None and done > 0:
+        raise UnsupportedOptionError(
+            f"a completion with {sampling.grammar} was aborted after {done} tokens: it can't go on "
+            "from there, since the grammar would begin again. Generate it anew."
+        )
+    fewest = max(0, sampling.min_new_tokens - done)
+    return replace(sampling, max_new_tokens=left, min_new_tokens=fewest)
 
 
 def joined(before: Completion, after: Completion) -> Completion:
@@ -63,11 +80,33 @@ def joined(before: Completion, after: Completion) -> Completion:
         top_log_probs=_both(before.top_log_probs, after.top_log_probs),
         text=None,
         prompt_tokens=before.prompt_tokens,
-        input_log_probs=before.input_log_probs,
+        cached_tokens=before.cached_tokens,
+        latency_s=_sum(before.latency_s, after.latency_s),
+        input_log_probs=_prompt_log_probs(before, after),
+        hidden_states=_states(before, after),
         version_spans=tuple(
             span for span in (*before.version_spans, *moved) if span.end > span.start
         ),
     )
+
+
+def _sum(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else before + after
+
+
+def _prompt_log_probs(before: Completion, after: Completion) -> list[float] | None:
+    """The second part's prompt begins with the first part's, which may have none of its own."""
+    if before.input_log_probs is not None or after.input_log_probs is None:
+        return before.input_log_probs
+    return after.input_log_probs[: before.prompt_tokens]
+
+
+def _states(before: Completion, after: Completion) -> list[Any] | None:
+    """The last row of the second part's prompt is what its first token was sampled from."""
+    if not before.output_ids or not before.hidden_states or not after.hidden_states:
+        return after.hidden_states
+    prompt, *sampled = after.hidden_states
+    return [*before.hidden_states[: len(before.output_ids)], prompt[-1], *sampled]
 
 
 def _both(before: Sequence[T] | None, after: Sequence[T] | None) -> list[T] | None:

@@ -56,13 +56,15 @@ class SGLangWrapper(LLMWrapperBase):
         prefer_tokens: in history mode, send ``(tokens_key, "prompt")`` where it is there.
         pad_model_input: must be None; nothing is padded on its way to SGLang.
         log_probs_mode: ``"reported"``: as SGLang reports them, without top-k, top-p and min-p, and
-            raw at temperature 0. ``"corrected"``: of the distribution that was sampled from.
-            ``"strict"``: settings for which the two differ are refused. By default reported, with
-            a `BehaviourLogProbWarning` where they differ.
+            at temperature 1 where it is greedy. ``"corrected"``: of the distribution that was
+            sampled from; top-p and min-p then choose among the 4096 likeliest tokens (the servers'
+            ``sampling_mask_max_tokens``). ``"strict"``: settings for which the two differ are
+            refused. By default reported, with a `BehaviourLogProbWarning` for top-k, top-p and
+            min-p.
         processor: a change to the logits for every row, see `allowed_tokens` and its like.
         lora: name of a loaded LoRA adapter for every row.
-        sampling_key: a TensorDict of the input with options per row: sampling options,
-            ``action_mask``, ``lora``, ``session``.
+        sampling_key: a TensorDict of the input with options per row, not the same ones in every
+            row: sampling options, ``action_mask``, ``lora``, ``session``.
         partial_rollouts: aborted rows come back with what they had and ``finish_reason`` "abort";
             `resume` goes on with them. Otherwise they raise `RequestAbortedError`.
         rollout_key: where ``finish_reason`` and ``weight_version`` per row, ``policy_version`` per

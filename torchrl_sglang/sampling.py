@@ -56,7 +56,7 @@ class SamplingParams:
         stop: strings that end the generation; their tokens are kept in ``output_ids``.
         stop_token_ids: token ids that end the generation, beside the model's EOS.
         stop_regex: regular expressions that end the generation.
-        ignore_eos: go on past EOS.
+        ignore_eos: go on past EOS; not with ``stop_token_ids``, which SGLang would pass too.
         regex: a regular expression that the text must match.
         json_schema: a JSON schema that the text must match, as a mapping or as JSON.
         ebnf: a grammar in EBNF that the text must match.
@@ -109,6 +109,11 @@ class SamplingParams:
             raise UnsupportedOptionError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens="
                 f"{self.max_new_tokens}."
+            )
+        if self.ignore_eos and self.stop_token_ids:
+            raise UnsupportedOptionError(
+                "stop_token_ids with ignore_eos=True: SGLang then goes on past these too. Give one "
+                "of the two; logit_bias={eos: -100.0} keeps EOS away as well."
             )
         grammars = [name for name in GRAMMARS if getattr(self, name) is not None]
         if len(grammars) > 1:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
@@ -17,11 +19,34 @@ from torchrl_sglang.errors import ServiceError
 # Small enough for a laptop; the rest are the library's own defaults for a CPU. bf16 logits of 8 to
 # 16 are 0.06 apart, which would hide an error of log-probs: with the head in float32 (on both
 # sides, see `hf_log_probs`) a bound of 0.02 means something on a peaked distribution too.
-CPU_SERVER_ARGS = {
+CPU_SERVER_ARGS: dict[str, Any] = {
     "max_total_tokens": 16384,
     "random_seed": 0,
     "enable_fp32_lm_head": True,
+    # Set by tools/test_versions.sh: an environment with another release of SGLang.
+    "server_python": os.environ.get("TORCHRL_SGLANG_TEST_SERVER_PYTHON"),
 }
+
+
+def needs(service: AsyncSGLang, *names: str) -> None:
+    """Skips a test of what the server lacks, by what the library found out about it.
+
+    Args:
+        service: the server.
+        names: attributes of its capabilities or features.
+    """
+    info = service.info
+    for name in names:
+        holder = info.capabilities if hasattr(info.capabilities, name) else info.features
+        if not getattr(holder, name):
+            pytest.skip(f"SGLang {info.version} as it runs here has no {name}")
+
+
+def needs_version_spans(service: AsyncSGLang) -> None:
+    """Skips a test of them where a server has none, which only its answers tell."""
+    body = {"input_ids": [20, 21], "sampling_params": {"max_new_tokens": 1}}
+    if "weight_versions" not in service.workers[0].post("/generate", body)["meta_info"]:
+        pytest.skip(f"SGLang {service.sglang_version} says one version per request")
 
 
 @torch.no_grad()

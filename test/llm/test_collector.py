@@ -130,7 +130,7 @@ def test_a_failed_push_does_not_bump_the_version(
     collector = make_collector(proxied, tokenizer, weight_updater=scheme, track_policy_version=True)
     try:
         first = collector.policy_version
-        proxy.faults["/end_weight_update"] = Fault(status=500)
+        proxy.faults["/update_weight_version"] = Fault(status=500)
         with pytest.raises(PushError):
             collector.update_policy_weights_(model)
         assert collector.policy_version == first

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import perturb, ready_weights, worst_error
+from servers import needs, needs_version_spans, perturb, ready_weights, worst_error
 from tensordict import TensorDict
 from torchrl.modules.llm.policies import TransformersWrapper
 
@@ -199,6 +199,7 @@ def test_requests_in_flight_when_a_push_comes(
     thread.join(120.0)
     assert len(results) == 4
     assert all(len(completion.output_ids) == 1200 for completion in results)
+    needs_version_spans(service)
     for completion in results:
         versions = [span.version for span in completion.version_spans]
         assert len(versions) == 2
@@ -280,6 +281,9 @@ def test_a_step_that_fails(
     cut: bool,
 ) -> None:
     """The error comes within seconds, nothing generates, and the next push repairs everything."""
+    # Older servers have no begin and end, and may refuse a flush, which is no failure there.
+    if step in ("begin", "end", "flush"):
+        needs(proxied, "update_session")
     scheme = connected(proxied)
     perturb(model, seed=12)
     proxy.faults[STEPS[step]] = Fault(cut=True) if cut else Fault(status=400)
@@ -320,6 +324,7 @@ def test_a_server_that_refuses_to_join(
 def test_a_session_that_a_dead_trainer_left_open(
     service: AsyncSGLang, model: Any, connected: Connect
 ) -> None:
+    needs(service, "update_session")
     scheme = connected()
     service.workers[0].post("/begin_weight_update")
     scheme.send(perturb(model, seed=13))

@@ -56,7 +56,7 @@ class Call:
         service: AsyncSGLang,
         kwargs: Mapping[str, Any],
     ) -> None:
-        if td.numel() == 0:
+        if 0 in td.batch_size:  # numel() is at least 1
             raise EmptyBatchError(f"the batch is empty: batch size {tuple(td.batch_size)}.")
         self._batch_size = td.batch_size
         self._settled = settled

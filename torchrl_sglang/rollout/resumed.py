@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,14 +12,14 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 
 from ..completions import INITIAL_VERSION, Completion, VersionSpan
-from ..errors import InputError
-from ..partial import joined
+from ..errors import ConfigError, InputError
+from ..partial import joined, sampling_left
 from ..prompts import read_prompts
 from ..protocol import GenerateRequest
 from ..service import AsyncSGLang
 from .call import Call, exact, updated_options
 from .padding import rows_of
-from .row_requests import make_requests, read_row_options
+from .row_requests import ROW_OPTIONS, make_requests, read_row_options
 from .setup import Settled, flattened, unflattened
 
 
@@ -40,6 +42,7 @@ class ResumedCall(Call):
         call = replace(settled.call, sampling=replace(settled.call.sampling, n=1))
         self._options = updated_options(call, kwargs, replace(settled, num_samples=None))
         flat = flattened(td)
+        self._before = flat
         ids, self._parts = _read_parts(flat, settled)
         self._prompts = replace(read_prompts(flat, settled.prompts), ids=ids)
         self.requests = self._make_requests(flat, service)
@@ -55,20 +58,20 @@ class ResumedCall(Call):
             if self._prompts.chats is None
             else [self._prompts.chats[i] for i in going_on],
         )
-        changed = [self._limits(rows[i], len(self._parts[i].output_ids)) for i in going_on]
+        changed = [self._rest_of(rows[i], i) for i in going_on]
         return make_requests(prompts, changed, self._options, service)
 
-    def _limits(self, row: Mapping[str, Any], done: int) -> dict[str, Any]:
-        """A row's options with its limits counted from where it stopped."""
-        sampling = self._options.sampling
-        most = row.get("max_new_tokens", sampling.max_new_tokens)
-        fewest = row.get("min_new_tokens", sampling.min_new_tokens)
-        if most <= done:
-            raise InputError(
-                f"a row was aborted after {done} tokens, and max_new_tokens={most} counts from its "
-                "start: give a larger one."
-            )
-        return {**row, "max_new_tokens": most - done, "min_new_tokens": max(0, fewest - done)}
+    def _rest_of(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """A row's options for what is still to be sampled."""
+        own = {name: value for name, value in row.items() if name not in ROW_OPTIONS}
+        others = {name: value for name, value in row.items() if name in ROW_OPTIONS}
+        try:
+            sampling = self._options.sampling.updated(own, ROW_OPTIONS)
+            left = sampling_left(sampling, len(self._parts[index].output_ids))
+        except ConfigError as error:
+            error.add_note(f"row {index} of the batch")
+            raise
+        return {**others, **vars(left)}
 
     def outputs(self, completions: Sequence[Completion]) -> TensorDictBase:
         """All rows; those that were aborted with both of their parts."""
@@ -77,7 +80,20 @@ class ResumedCall(Call):
             joined(part, next(fresh)) if part.finish_type == "abort" else part
             for part in self._parts
         ]
-        return unflattened(self._rows(self._prompts, whole), self._batch_size, None)
+        out = self._rows(self._prompts, whole)
+        for row, before, part in zip(
+            out.unbind(0), self._before.unbind(0), self._parts, strict=True
+        ):
+            if part.finish_type != "abort":
+                self._keep_text(row, before)
+        return unflattened(out, self._batch_size, None)
+
+    def _keep_text(self, row: TensorDictBase, before: TensorDictBase) -> None:
+        """What ended a completion, and is left out of its text, can't be read from its tokens."""
+        for key in (self._settled.outputs.text_key, self._settled.outputs.history_key):
+            value = None if key is None else before.get(key, None)
+            if key is not None and value is not None:
+                row.set(key, value)
 
 
 def _read_parts(flat: TensorDictBase, settled: Settled) -> tuple[list[list[int]], list[Completion]]:
@@ -92,10 +108,11 @@ def _read_parts(flat: TensorDictBase, settled: Settled) -> tuple[list[list[int]]
     if keys.log_probs_key is not None:
         log_probs = _rows(flat, keys.log_probs_key, "full")
     ids, parts = [], []
-    for row, everything, answer, version, reason, scores in zip(
-        tokens, attended, sampled, versions, reasons, log_probs, strict=True
+    for index, (row, everything, answer, version, reason, scores) in enumerate(
+        zip(tokens, attended, sampled, versions, reasons, log_probs, strict=True)
     ):
-        ids.append(row[everything & ~answer].tolist())
+        asked = everything & ~answer
+        ids.append(row[asked].tolist())
         part = Completion(
             rid="before",
             output_ids=row[answer].tolist(),
@@ -107,8 +124,45 @@ def _read_parts(flat: TensorDictBase, settled: Settled) -> tuple[list[list[int]]
             cached_tokens=0,
             version_spans=_spans(version[answer].tolist()),
         )
+        if settled.info.extras:
+            part = _with_extras(
+                part, flat[index], settled, None if scores is None else scores[asked]
+            )
         parts.append(part)
     return ids, parts
+
+
+def _with_extras(
+    part: Completion, row: TensorDictBase, settled: Settled, prompt: torch.Tensor | None
+) -> Completion:
+    """A part with the extras that came with it."""
+    base = settled.info.key if isinstance(settled.info.key, tuple) else (settled.info.key,)
+
+    def extra(name: str) -> Any:
+        value = row.get((*base, name), None)
+        return value.tolist() if isinstance(value, torch.Tensor) else getattr(value, "data", value)
+
+    read: dict[str, Any] = {}
+    for name in settled.info.extras:
+        if name == "top_log_probs":
+            table = zip(extra("top_log_probs"), extra("top_token_ids"), strict=True)
+            read[name] = [list(zip(scores, ids, strict=True)) for scores, ids in table]
+        elif name == "sampling_mask":
+            kept, offsets = extra("sampling_mask_ids"), extra("sampling_mask_offsets")
+            read[name] = [kept[a:b] for a, b in itertools.pairwise(offsets)]
+        elif name == "hidden_states":
+            first, *others = extra(name) or [[]]
+            read[name] = [[first], *others] if first else None
+        elif name == "routed_experts":
+            experts = row.get((*base, name))
+            read[name] = base64.b64encode(experts.numpy().tobytes()).decode()
+        elif name == "input_log_probs":
+            known = prompt is not None and not bool(prompt[1:].isnan().any())
+            read[name] = prompt.tolist() if known and prompt is not None else None
+        else:
+            field = {"request_id": "rid", "latency": "latency_s"}.get(name, name)
+            read[field] = extra({"latency": "latency_s"}.get(name, name))
+    return replace(part, **read)
 
 
 def _rows(flat: TensorDictBase, key: NestedKey | None, *below: str) -> list[torch.Tensor]:

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from tensordict import LazyStackedTensorDict, NestedKey, NonTensorStack, TensorDictBase
+from tensordict import (
+    LazyStackedTensorDict,
+    NestedKey,
+    NonTensorStack,
+    TensorDictBase,
+    is_non_tensor,
+    is_tensor_collection,
+)
 
 from ..errors import ConfigError, InputError, UnsupportedOptionError
 from ..features import Features
@@ -214,13 +221,17 @@ def read_row_options(td: TensorDictBase, key: NestedKey | None) -> list[dict[str
         stacked = td.get(key, None)
         if stacked is None:
             return []
-        if not hasattr(stacked, "keys") or stacked.batch_size[:1] != td.batch_size:
+        if not _is_options(stacked) or stacked.batch_size[:1] != td.batch_size:
             raise InputError(_no_options(key, stacked))
         rows = stacked.unbind(0)
     for options in rows:
-        if options is not None and not hasattr(options, "keys"):
+        if options is not None and not _is_options(options):
             raise InputError(_no_options(key, options))
     return [{} if options is None else _plain(options) for options in rows]
+
+
+def _is_options(value: Any) -> bool:
+    return is_tensor_collection(value) and not is_non_tensor(value)
 
 
 def _no_options(key: NestedKey, given: Any) -> str:

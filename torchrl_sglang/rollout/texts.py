@@ -103,34 +103,34 @@ def _styled(
     completions: Sequence[Completion], decoded: list[str], tokenizer: Any, options: TextOptions
 ) -> list[str]:
     """The responses as the sampling options want them to be written."""
-    responses = decoded
-    if not options.keep_stop:
-        responses = [
-            content(text, completion, tokenizer)
-            for text, completion in zip(decoded, completions, strict=True)
+    responses, kwargs = decoded, {}
+    if options.skip_special_tokens:
+        kwargs["skip_special_tokens"] = True
+    if options.spaces_between_special_tokens is not None:
+        kwargs["spaces_between_special_tokens"] = options.spaces_between_special_tokens
+    if kwargs:
+        ids = [
+            c.output_ids[:-1] if not options.keep_stop and _ended_by_id(c) else c.output_ids
+            for c in completions
         ]
-    if options.skip_special_tokens or options.spaces_between_special_tokens is not None:
-        kwargs = {"skip_special_tokens": options.skip_special_tokens}
-        if options.spaces_between_special_tokens is not None:
-            kwargs["spaces_between_special_tokens"] = options.spaces_between_special_tokens
-        whole = tokenizer.batchdecode([c.output_ids for c in completions], **kwargs)
-        responses = (
-            whole
-            if options.keep_stop
-            else [
-                _before_stop(text, completion)
-                for text, completion in zip(whole, completions, strict=True)
-            ]
-        )
-    return responses
+        responses = tokenizer.batch_decode(ids, **kwargs)
+        trimmed = list(map(_before_stop, responses, completions))
+    else:
+        trimmed = [content(t, c, tokenizer) for t, c in zip(decoded, completions, strict=True)]
+    return responses if options.keep_stop else trimmed
 
 
 def content(text: str, completion: Completion, tokenizer: Any) -> str:
     """A response without the EOS, stop token or stop string that ended it."""
-    stop = completion.matched_stop
-    if isinstance(stop, int) and completion.output_ids[-1:] == [stop]:
+    if _ended_by_id(completion):
+        stop = completion.matched_stop
         return text.removesuffix(tokenizer.decode([stop], skip_special_tokens=False))
     return _before_stop(text, completion)
+
+
+def _ended_by_id(completion: Completion) -> bool:
+    stop = completion.matched_stop
+    return isinstance(stop, int) and completion.output_ids[-1:] == [stop]
 
 
 def _before_stop(text: str, completion: Completion) -> str:

@@ -17,6 +17,9 @@ class PushResult:
         num_bytes: bytes broadcast.
         num_buckets: broadcasts.
         verified_by: ``"checksum"``, ``"probe"`` or ``"nothing"``.
+        flushed: every server's prefix cache was emptied. False where it was not to be, and where a
+            server before SGLang 0.5.23 refused because requests were in flight: those that it
+            retracted may go on from a prefix of the old weights, new ones do not.
         step_s: seconds of each step, by name.
         total_s: seconds from pause to continue, verification included.
     """
@@ -25,6 +28,7 @@ class PushResult:
     num_bytes: int
     num_buckets: int
     verified_by: str
+    flushed: bool
     step_s: Mapping[str, float]
     total_s: float
 

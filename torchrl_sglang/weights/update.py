@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..errors import (
 )
 from ..info import WorkerInfo
 from .collective import TrainerGroup, in_thread
+from .each import flush_caches, on_each
 from .expected import expected_model
 from .flatten import flattened, served_dtype, spec_of
 from .join import join_group
@@ -178,8 +179,9 @@ class WeightPusher:
         timer, start = StepTimer(), time.perf_counter()
         with timer.measure("pause"):
             self._on_all("pause", "/pause_generation", {"mode": self._config.pause_mode})
-            if self._config.flush_cache:
-                self._on_all("flush", "/flush_cache")
+            flushed = self._config.flush_cache and flush_caches(
+                self._workers, self._infos, self._service.timeouts.control_s
+            )
         with timer.measure("begin"):
             self._begin_session()
         with timer.measure("transfer"):
@@ -203,6 +205,7 @@ class WeightPusher:
             num_bytes=sum(bucket.num_bytes for bucket in buckets),
             num_buckets=len(buckets),
             verified_by=verifier.verified_by,
+            flushed=flushed,
             step_s=timer.step_s,
             total_s=time.perf_counter() - start,
         )
@@ -250,9 +253,7 @@ class WeightPusher:
         self._each(step, lambda worker: worker.post(path, body), self._service.timeouts.control_s)
 
     def _each(self, step: str, call: Callable[[ControlClient], Any], timeout_s: float) -> None:
-        with ThreadPoolExecutor(len(self._workers)) as pool:
-            futures = {pool.submit(call, worker): worker.url for worker in self._workers}
-            watch(futures, step=step, timeout_s=timeout_s)
+        on_each(self._workers, step, call, timeout_s)
 
     # What is pushed to
 
