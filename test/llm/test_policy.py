@@ -382,3 +382,14 @@ def test_missing_and_wrong_input(service: AsyncSGLang) -> None:
 def test_get_dist_is_refused(service: AsyncSGLang) -> None:
     with pytest.raises(NotImplementedError, match="does not return logits"):
         SGLangWrapper(service).get_dist(TensorDict())
+
+
+def test_a_tokenizer_that_cleans_spaces_up(service: AsyncSGLang, model_path: Any) -> None:
+    from transformers import AutoTokenizer
+
+    cleaning = AutoTokenizer.from_pretrained(model_path, clean_up_tokenization_spaces=True)
+    policy = SGLangWrapper(service, tokenizer=cleaning, input_mode="text", generate_kwargs=SAMPLING)
+    out = policy(make_input("text", (6,), cleaning))
+    for row in rows_of(out):
+        ids = row["tokens"].response.tolist()
+        assert row["text"].response == cleaning.decode(ids, skip_special_tokens=False)

@@ -34,7 +34,7 @@ def decode(ids: list[list[int]], tokenizer: Any) -> list[str]:
         # What batch_decode ends in; on its way there it looks at every id in Python.
         texts: list[str] = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
     else:
-        texts = tokenizer.batchdecode(ids, skip_special_tokens=False)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=False)
     return texts
 
 
