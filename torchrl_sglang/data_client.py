@@ -24,13 +24,12 @@ from .completions import Completion
 from .config import Timeouts
 from .errors import (
     ConnectError,
-    RequestAbortedError,
     RequestTimeoutError,
     ServerFailedError,
     ServiceError,
     UnsupportedOptionError,
 )
-from .parsing import parse_completions
+from .parsing import never_ran, parse_completions
 from .protocol import GenerateRequest, passes_router
 
 DESCRIPTORS_KEPT_FREE = 256
@@ -213,7 +212,7 @@ class DataClient:
                 f"POST {url}: the connection broke: {type(error).__name__}: {error}"
             ) from error
         if response.status == ABORTED:
-            raise RequestAbortedError(f"request {request.rid} was aborted before it ran.")
+            return never_ran(request)
         if response.status >= 400:
             raise refusal("POST", url, response.status, answer.decode(errors="replace"))
         return parse_completions(_json(answer, url), request)

@@ -78,7 +78,8 @@ class Features:
             raise UnsupportedOptionError(
                 f"{', '.join(asked)} needs the server's tokenizer, which this one runs without "
                 "(skip_tokenizer_init): send token ids, use stop_token_ids, or start the servers "
-                "with their tokenizer."
+                "with their tokenizer. Stop strings SGLangWrapper matches itself, but not in "
+                "sessions, with routed experts, in resume or without a tokenizer of its own."
             )
 
     def _check_sampling_mask(self, request: GenerateRequest) -> None:

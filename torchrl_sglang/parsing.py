@@ -85,6 +85,32 @@ def _matched(stop: str | int | None, request: GenerateRequest) -> str | int | No
     return None if stop in sampling.stop_regex and stop not in sampling.stop else stop
 
 
+def never_ran(request: GenerateRequest) -> list[Completion]:
+    """What a request comes to that was aborted before it ran, where the server says no more.
+
+    Raises:
+        RequestAbortedError: it does not allow partial answers.
+    """
+    if not request.partial_allowed:
+        raise RequestAbortedError(f"request {request.rid} was aborted before it ran.")
+    returns = request.returns
+    empty = Completion(
+        rid=request.rid,
+        output_ids=[],
+        log_probs=[] if request.return_log_probs else None,
+        text=None,
+        finish_type="abort",
+        matched_stop=None,
+        prompt_tokens=len(request.input_ids or ()),
+        cached_tokens=0,
+        version_spans=(),
+        top_log_probs=[] if returns.top_log_probs else None,
+        sampling_mask=[] if returns.sampling_mask else None,
+        sampling_log_probs=[] if returns.sampling_mask else None,
+    )
+    return [empty] * request.num_samples
+
+
 def _aborted_while_waiting(
     meta: Mapping[str, Any], output_ids: list[int], request: GenerateRequest
 ) -> tuple[Mapping[str, Any], list[int]]:
@@ -145,6 +171,8 @@ def _output_log_probs(
     meta: Mapping[str, Any], output_ids: Sequence[int], request: GenerateRequest
 ) -> list[float]:
     rows = meta["output_token_logprobs"]
+    if request.scoring:
+        return []  # a busy server sends one, of a token that it does not generate
     if [row[1] for row in rows] != output_ids:
         raise ResponseError(
             f"request {request.rid}: log-probs for {len(rows)} tokens do not belong to the "
@@ -160,12 +188,21 @@ def _input_log_probs(meta: Mapping[str, Any], request: GenerateRequest) -> list[
         return None
     ids = [row[1] for row in rows]
     expected = list(request.input_ids) if request.input_ids is not None else ids
-    if ids != expected or len(ids) != meta["prompt_tokens"]:
+    if not _same_prompt(ids, expected) or len(ids) != meta["prompt_tokens"]:
         raise ResponseError(
             f"request {request.rid}: log-probs for {len(ids)} prompt tokens do not belong to the "
             f"{meta['prompt_tokens']} ids of the prompt."
         )
     return [NAN, *_finite([row[0] for row in rows[1:]], request)]
+
+
+def _same_prompt(ids: list[int], expected: list[int]) -> bool:
+    """SGLang writes 0 for the last id of the vocabulary, which some models have as their EOS."""
+    if ids == expected:
+        return True
+    return len(ids) == len(expected) and all(
+        given in (wanted, 0) for given, wanted in zip(ids, expected, strict=True)
+    )
 
 
 def _top_log_probs(

@@ -38,7 +38,8 @@ class SGLangWrapper(LLMWrapperBase):
         attention_mask_key: mask of padded token prompts; without one, pads at the ends are dropped.
         generate: False scores what is there: log-probs at temperature 1, no token is generated.
         generate_kwargs: sampling options, see `SamplingParams`; ``max_new_tokens`` is 128 unless
-            given.
+            given. On servers without a tokenizer, ``stop`` is matched here: they generate on, and
+            what comes after the stop is dropped.
         tokenizer_kwargs: options for tokenising in text mode.
         pad_output: pad prompts on the left and responses on the right, instead of ragged rows.
         inplace: True writes into the input, False returns the outputs alone, ``"empty"`` an empty
@@ -64,7 +65,8 @@ class SGLangWrapper(LLMWrapperBase):
         processor: a change to the logits for every row, see `allowed_tokens` and its like.
         lora: name of a loaded LoRA adapter for every row.
         sampling_key: a TensorDict of the input with options per row, not the same ones in every
-            row: sampling options, ``action_mask``, ``lora``, ``session``.
+            row: sampling options, ``action_mask``, ``lora``, ``session``, and ``images``,
+            ``videos``, ``audios``: URLs, files of the servers or base64, one or a list.
         partial_rollouts: aborted rows come back with what they had and ``finish_reason`` "abort";
             `resume` goes on with them. Otherwise they raise `RequestAbortedError`.
         rollout_key: where ``finish_reason`` and ``weight_version`` per row, ``policy_version`` per

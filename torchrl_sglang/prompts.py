@@ -11,7 +11,14 @@ from torchrl.data.llm import History
 
 from .errors import ConfigError, EmptyPromptError, InputError
 from .rollout.chats import Chats
-from .rollout.padding import attention_masks, check_ids, masks_or_none, rows_of, strip_padding
+from .rollout.padding import (
+    attention_masks,
+    check_ids,
+    masks_or_none,
+    prompt_masks,
+    rows_of,
+    strip_padding,
+)
 from .rollout.turns import Message, Turn, TurnMemory, chat_key, last_answer
 
 InputMode = Literal["history", "text", "tokens"]
@@ -131,35 +138,47 @@ def _turn_before(
     messages: Sequence[Message], text: str, carried: Turn | None, spec: PromptSpec
 ) -> Turn | None:
     """The turn that this chat goes on from, with the very tokens that it had."""
-    if carried is not None and text.startswith(carried.text):
-        return carried
     answer = last_answer(messages)
-    if answer is None:
-        return None
-    turn = spec.memory.find(chat_key(messages[: answer + 1]))
-    if turn is not None and carried is not None and carried.text == turn.text:
-        return carried
-    return turn
+    chat = None if answer is None else chat_key(messages[: answer + 1])
+    if carried is not None:
+        same_chat = chat is not None and carried.chat == chat
+        if same_chat or text.startswith(carried.text):
+            return carried
+    return None if chat is None else spec.memory.find(chat)
 
 
 def _carried(td: TensorDictBase, spec: PromptSpec) -> list[Turn | None]:
-    """Each row's turn before, where the TensorDict still has its tokens and text."""
-    nothing: list[Turn | None] = [None] * td.batch_size[0]
-    if spec.tokens_key is None or spec.text_key is None:
-        return nothing
-    rows = rows_of(td, _below(spec.tokens_key, "full"))
-    texts = td.get(_below(spec.text_key, "full"), None)
-    if rows is None or texts is None:
-        return nothing
-    texts = texts if isinstance(texts, list) else texts.tolist()
+    """Each row's turn before, where the TensorDict still has its tokens."""
+    rows = None if spec.tokens_key is None else rows_of(td, _below(spec.tokens_key, "full"))
+    if rows is None:
+        return [None] * td.batch_size[0]
     masks = masks_or_none(td, spec.masks_key, None, len(rows))
+    texts: Any = None if spec.text_key is None else td.get(_below(spec.text_key, "full"), None)
+    if texts is None:
+        texts = [None] * len(rows)
+    elif not isinstance(texts, list):
+        texts = texts.tolist()
     special = set(spec.tokenizer.all_special_ids)
-    turns: list[Turn | None] = []
-    for row, mask, text in zip(rows, masks, texts, strict=True):
-        ids = _stripped(row, mask, spec)
-        ending = spec.tokenizer.decode(ids[-1:]) if ids and ids[-1] in special else ""
-        turns.append(Turn(ids=ids, text=text, ending=ending) if ids and text else None)
-    return turns
+    return [
+        _known_or_read(_stripped(row, mask, spec), mask, text, special, spec)
+        for row, mask, text in zip(rows, masks, texts, strict=True)
+    ]
+
+
+def _known_or_read(
+    ids: list[int], mask: Any, text: str | None, special: set[int], spec: PromptSpec
+) -> Turn | None:
+    """A turn that is remembered, else one made of what the TensorDict has of it."""
+    if not ids:
+        return None
+    known = spec.memory.with_tokens(ids)
+    if known is None and mask is None and ids[-1] == spec.tokenizer.pad_token_id:
+        known = spec.memory.with_tokens(ids[:-1])  # where EOS is the pad, only a mask could tell
+    if known is not None or not text:
+        return known
+    ending = spec.tokenizer.decode(ids[-1:]) if ids[-1] in special else ""
+    # Text may have been written without the special token that ended it.
+    return Turn(ids=ids, text=text, ending=ending) if text.endswith(ending) else None
 
 
 def _below(key: NestedKey, part: str) -> NestedKey:
@@ -200,20 +219,34 @@ def _from_text(td: TensorDictBase, spec: PromptSpec) -> Prompts:
         texts = texts.tolist() if hasattr(texts, "tolist") else list(texts)
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{spec.input_key!r} should hold strings, got {type(texts[0]).__name__}.")
-    ids: list[list[int]] = spec.tokenizer(texts, **spec.tokenizer_kwargs)["input_ids"]
+    turns: Sequence[Turn | None] = [None] * len(texts)
     if spec.generate:
-        for index, (text, turn) in enumerate(zip(texts, _carried(td, spec), strict=True)):
-            if turn is not None and text.startswith(turn.text):
-                rest = text[len(turn.text) :]
-                more = spec.tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
-                ids[index] = [*turn.ids, *more]
+        turns = [
+            turn if turn is not None and text.startswith(turn.text) else spec.memory.find(text)
+            for text, turn in zip(texts, _carried(td, spec), strict=True)
+        ]
+    fresh = [text for text, turn in zip(texts, turns, strict=True) if turn is None]
+    tokenised = iter(spec.tokenizer(fresh, **spec.tokenizer_kwargs)["input_ids"] if fresh else [])
+    ids = [
+        next(tokenised) if turn is None else [*turn.ids, *_rest(text, turn, spec)]
+        for text, turn in zip(texts, turns, strict=True)
+    ]
     return Prompts(ids=ids, texts=texts)
+
+
+def _rest(text: str, turn: Turn, spec: PromptSpec) -> list[int]:
+    """Ids of what follows a turn; it is not the beginning of a text, and has no BOS."""
+    rest = text[len(turn.text) :]
+    if not turn.text.endswith(turn.ending):  # the text was given out without it, the tokens have it
+        rest = rest.removeprefix(turn.ending)
+    ids: list[int] = spec.tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
+    return ids
 
 
 def _from_tokens(td: TensorDictBase, spec: PromptSpec) -> Prompts:
     rows: list[Any] = _required(rows_of(td, spec.input_key), td, spec)
     check_ids(rows, spec.input_key)
-    masks = masks_or_none(td, spec.masks_key, spec.attention_mask_key, len(rows))
+    masks = prompt_masks(td, rows, spec.masks_key, spec.attention_mask_key)
     return Prompts(ids=[_stripped(r, m, spec) for r, m in zip(rows, masks, strict=True)])
 
 

@@ -163,7 +163,7 @@ def test_one_home_for_each_outside_thing(package: str, homes: list[str]) -> None
         ("completions", []),
         ("protocol", ["errors", "sampling"]),
         ("parsing", ["errors", "completions", "protocol"]),
-        ("partial", ["errors", "completions", "protocol"]),
+        ("partial", ["errors", "completions", "protocol", "sampling"]),
         ("features", ["errors", "protocol"]),
         ("info", ["errors", "completions", "features", "protocol"]),
         ("batching", ["errors"]),

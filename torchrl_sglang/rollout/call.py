@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from ..prompts import Prompts, read_prompts
 from ..protocol import GenerateRequest
 from ..service import AsyncSGLang
 from .facts import build_info
+from .own_stops import Stops, cut_at_stops, take_over
 from .row_requests import CallOptions, check_log_probs, make_requests, read_row_options
 from .scoring import build_scores, check_scoring, read_places, scoring_requests
 from .setup import Settled, flattened, text_options, unflattened
 from .texts import content
-from .turns import Message, Turn, chat_key
+from .turns import Turn, chat_key
 
 Groups = list[list[Completion] | ServiceError]
 
@@ -49,6 +50,8 @@ class Call:
         requests: what to send, one per row of the flattened input.
     """
 
+    _stops: Stops = ()  # of each request; empty where the servers match them
+
     def __init__(
         self,
         td: TensorDictBase,
@@ -70,7 +73,9 @@ class Call:
         if not self._settled.generate:
             self._places = read_places(flat, self._prompts, self._settled.prompts)
             return scoring_requests(self._prompts, rows, self._options)
-        return make_requests(self._prompts, rows, self._options, service)
+        requests = make_requests(self._prompts, rows, self._options, service)
+        requests, self._stops = take_over(requests, service.info.features, self._settled.tokenizer)
+        return requests
 
     @functools.cached_property
     def _arrived(self) -> Arrived:
@@ -80,7 +85,7 @@ class Call:
 
     def arrive(self, completions: Sequence[Completion]) -> None:
         """Does what can be done as soon as one request is finished."""
-        if self._settled.generate:
+        if self._settled.generate and not self._stops:
             for completion in completions:
                 self._arrived.take(completion)
 
@@ -92,6 +97,7 @@ class Call:
             return unflattened(scores, self._batch_size, None)
         if self._options.sampling.n > 1:
             prompts = repeated(prompts, self._options.sampling.n)
+        completions = cut_at_stops(completions, self.requests, self._stops, settled.tokenizer)
         out = self._rows(prompts, exact(self.requests, completions, self._options))
         return unflattened(out, self._batch_size, settled.num_samples)
 
@@ -103,34 +109,44 @@ class Call:
         columns = build_outputs(rows, prompts, completions, decoded, spec)
         if settled.info.key is not None:
             columns[settled.info.key] = build_info(rows, completions, settled.info)
-        if decoded is not None and prompts.chats is not None and prompts.texts is not None:
-            self._keep_turns(prompts, prompts.chats, prompts.texts, completions, decoded)
+        if decoded is not None and prompts.texts is not None:
+            texts: list[str] = []
+            if prompts.chats is None and spec.text_key is not None:
+                texts = [text.full for text in columns[spec.text_key]]
+            self._keep_turns(prompts, completions, decoded, texts)
         return stacked(columns, len(completions))
 
     def _keep_turns(
         self,
         prompts: Prompts,
-        chats: list[list[Message]],
-        texts: list[str],
         completions: Sequence[Completion],
-        decoded: list[str],
+        decoded: Sequence[str],
+        texts: Sequence[str],
     ) -> None:
-        """Remembers the tokens of this turn, for prompts that go on from it."""
+        """Remembers the tokens of this turn, for prompts that go on from it.
+
+        These go on from the messages, or else from the texts that were given out.
+        """
         tokenizer, memory = self._settled.tokenizer, self._settled.prompts.memory
         special = set(tokenizer.all_special_ids)
-        for ids, chat, prompt_text, completion, text in zip(
-            prompts.ids, chats, texts, completions, decoded, strict=True
-        ):
+        for row, (completion, text) in enumerate(zip(completions, decoded, strict=True)):
             if not completion.output_ids:
                 continue
             last = completion.output_ids[-1]
-            answer = {"role": "assistant", "content": content(text, completion, tokenizer)}
-            turn = Turn(
-                ids=[*ids, *completion.output_ids],
-                text=prompt_text + text,
-                ending=tokenizer.decode([last]) if last in special else "",
-            )
-            memory.keep(chat_key([*chat, answer]), turn)
+            ending = tokenizer.decode([last]) if last in special else ""
+            chat: Hashable
+            if prompts.chats is not None and prompts.texts is not None:
+                written = content(text, completion, tokenizer)
+                ending = ending if text == written + ending else ""
+                whole = prompts.texts[row] + written + ending
+                answer = {"role": "assistant", "content": written}
+                chat = chat_key([*prompts.chats[row], answer])
+            elif texts:
+                chat = whole = texts[row]
+            else:
+                continue
+            ids = [*prompts.ids[row], *completion.output_ids]
+            memory.keep(Turn(ids=ids, text=whole, ending=ending, chat=chat))
 
 
 def updated_options(

@@ -6,9 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from torchrl.data.llm import History
 
-from .turns import Message, Turn, continued, last_answer
+from ..errors import InputError
+from .media import for_template, has_parts
+from .turns import SENTINEL, Message, Turn, continued, last_answer
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what an assistant writes
 
@@ -26,16 +29,33 @@ class Chats:
         self._tokenizer = tokenizer
         self._template = template
         self.messages: list[list[Message]] = [_messages(row) for row in history.unbind(0)]
+        self._check_parts()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """One chat as text, special tokens included."""
         text: str = self._tokenizer.apply_chat_template(
-            list(messages),
+            for_template(messages),
             chat_template=self._template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
         return text
+
+    def _check_parts(self) -> None:
+        """Raises `InputError` for a content that is a list where the template writes strings."""
+        if not any(has_parts(message) for messages in self.messages for message in messages):
+            return
+        parts = [{"type": "text", "text": SENTINEL}]
+        try:
+            written = self.render([{"role": "user", "content": parts}], False)
+        except (TypeError, ValueError, TemplateError):  # as when it joins a list to a string
+            written = ""
+        if SENTINEL not in written or "'" + SENTINEL in written:  # the list as Python writes it
+            raise InputError(
+                "the content of a message is a list of parts, and the chat template writes strings "
+                "only: give text as a string; images, videos and audio need a model that reads "
+                "them, and its template."
+            )
 
     def texts(self, *, add_generation_prompt: bool) -> list[str]:
         """Every chat as text."""

@@ -42,6 +42,32 @@ def masks_or_none(
     return attention_masks(td, masks_key, plain_key) or [None] * num_rows
 
 
+def prompt_masks(
+    td: TensorDictBase,
+    rows: Sequence[torch.Tensor],
+    masks_key: NestedKey | None,
+    plain_key: NestedKey | None,
+) -> Sequence[torch.Tensor | None]:
+    """The mask of each prompt.
+
+    An environment that begins anew may leave the masks of the turn before, and they may have the
+    new prompt's length by chance. They are known by what they would leave out: padding is one id.
+    """
+    masks = masks_or_none(td, masks_key, None, len(rows))
+    plain = masks_or_none(td, None, plain_key, len(rows))
+    return [
+        mask if mask is not None and _leaves_out_one_id(row, mask) else other
+        for row, mask, other in zip(rows, masks, plain, strict=True)
+    ]
+
+
+def _leaves_out_one_id(row: torch.Tensor, mask: torch.Tensor) -> bool:
+    if mask.shape != row.shape:
+        return False
+    left_out = row[~mask.bool()]
+    return bool((left_out == left_out[:1]).all())
+
+
 def check_ids(rows: Sequence[Any], key: NestedKey) -> None:
     """Raises `InputError` for rows that are no token ids."""
     for index, row in enumerate(rows):

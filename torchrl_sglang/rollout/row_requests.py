@@ -23,13 +23,13 @@ from ..processors import allowed_tokens, combined
 from ..prompts import Prompts
 from ..protocol import GenerateRequest, LogitProcessor, Returns
 from ..sampling import SamplingParams
-from .media import Media, media_of
+from .media import MEDIA_OPTIONS, Media, media_of, row_media
 
 LogProbsMode = Literal["reported", "corrected", "strict"]
 LOG_PROBS_MODES: tuple[LogProbsMode, ...] = ("reported", "corrected", "strict")
 
 # What a row can say beside sampling options.
-ROW_OPTIONS = ("action_mask", "lora", "session")
+ROW_OPTIONS = ("action_mask", "lora", "session", *MEDIA_OPTIONS)
 
 # Sampling options that change the text alone.
 TEXT_OPTIONS = ("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
@@ -118,11 +118,13 @@ def make_requests(
     for index, ids in enumerate(prompts.ids):
         fields = plain
         if row_options and row_options[index]:
-            fields = _row_fields(row_options[index], options, features, index)
+            fields = _row_fields(row_options[index], options, features, media[index], index)
+        elif media[index] is not None:
+            fields = {**plain, "media": media[index]}
         if fields.get("session") is not None:
             request = _in_session(service, ids, fields, index)
         else:
-            request = GenerateRequest(input_ids=tuple(ids), media=media[index], **fields)
+            request = GenerateRequest(input_ids=tuple(ids), **fields)
         requests.append(request)
     return requests
 
@@ -145,7 +147,11 @@ def _media(prompts: Prompts) -> Sequence[Media | None]:
 
 
 def _row_fields(
-    row: Mapping[str, Any], options: CallOptions, features: Features, index: int
+    row: Mapping[str, Any],
+    options: CallOptions,
+    features: Features,
+    media: Media | None,
+    index: int,
 ) -> dict[str, Any]:
     """A row's own options, laid over the call's."""
     try:
@@ -162,6 +168,9 @@ def _row_fields(
         if row.get("action_mask") is not None:
             mask = allowed_tokens(row["action_mask"])
             processor = mask if processor is None else combined(processor, mask)
+        media = row_media(media, row)
+        if media is not None and row.get("session") is not None:
+            raise UnsupportedOptionError("a session is given with media: it holds tokens alone.")
     except (ConfigError, InputError) as error:
         error.add_note(f"row {index} of the batch")
         raise
@@ -171,6 +180,7 @@ def _row_fields(
         "returns": changed.returns,
         "processor": processor,
         "lora": row.get("lora", options.lora),
+        "media": media,
         "session": row.get("session"),
         "partial_allowed": options.partial_allowed,
     }

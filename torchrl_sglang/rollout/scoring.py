@@ -17,6 +17,7 @@ from ..outputs import OutputSpec
 from ..prompts import Prompts, PromptSpec
 from ..protocol import GenerateRequest
 from ..sampling import SamplingParams
+from .media import MEDIA_OPTIONS, media_of
 from .padding import masks_or_none, rows_of
 from .row_requests import ROW_OPTIONS, CallOptions
 
@@ -60,8 +61,14 @@ def scoring_requests(
     """One request per text.
 
     Raises:
-        UnsupportedOptionError: a row has an option that scoring can't follow.
+        UnsupportedOptionError: a row has media, or an option that scoring can't follow.
     """
+    held = any(media_of(messages) for messages in prompts.chats or ())
+    if held or any(name in row for row in row_options for name in MEDIA_OPTIONS):
+        raise UnsupportedOptionError(
+            "generate=False scores text alone, and a row has images, videos or audio: SGLang puts "
+            "tokens of its own in their place. Use the trainer's model."
+        )
     adapters = [options.lora] * len(prompts.ids)
     for index, row in enumerate(row_options):
         adapters[index] = row.get("lora", options.lora)

@@ -6,11 +6,12 @@ kept, and of the next prompt only what follows them is tokenised.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 MAX_TOKENS_KEPT = 1 << 24  # 64 MiB of 4-byte ids
@@ -19,7 +20,7 @@ Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
 Encode = Callable[[str], list[int]]
 
-SENTINEL = "\u241f9d1f\u241f"  # what no chat contains
+SENTINEL = "\u241f\u241e\u241f"  # what no chat contains; it has no case, and nothing to trim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,59 +29,81 @@ class Turn:
 
     Attributes:
         ids: the prompt's and the sampled tokens.
-        text: the same as text, special tokens included.
+        text: the prompt and the answer as the text of a next prompt is likely to begin.
         ending: the last token as text where it is a special one, such as EOS, else empty.
+        chat: what identifies the chat that it ended, see `chat_key`; the text where there is none.
     """
 
     ids: Sequence[int]
     text: str
     ending: str = ""
+    chat: Hashable = None
 
 
 class TurnMemory:
-    """Finished turns by the chat that they ended. Safe to use from several threads.
+    """Finished turns, by their tokens and by the chat that they ended.
+
+    Two turns may have one text and different tokens. Safe to use from several threads.
 
     Args:
         max_tokens: how many tokens are kept; the oldest turns go first.
     """
 
     def __init__(self, max_tokens: int = MAX_TOKENS_KEPT) -> None:
-        self._turns: OrderedDict[Hashable, Turn] = OrderedDict()
+        self._turns: OrderedDict[bytes, Turn] = OrderedDict()  # by a hash of the tokens
+        self._latest: dict[Hashable, bytes] = {}  # by chat
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self._lock = threading.Lock()
 
-    def keep(self, key: Hashable, turn: Turn) -> None:
-        """Remembers a turn, instead of an older one of the same chat."""
-        kept = Turn(ids=array("I", turn.ids), text=turn.text, ending=turn.ending)
+    def keep(self, turn: Turn) -> None:
+        """Remembers a turn."""
+        ids = array("I", turn.ids)
+        name = _name(ids)
         with self._lock:
-            self._forget(key)
-            self._turns[key] = kept
-            self._num_tokens += len(kept.ids)
+            self._forget(name)
+            self._turns[name] = replace(turn, ids=ids)
+            self._latest[turn.chat] = name
+            self._num_tokens += len(ids)
             while self._num_tokens > self._max_tokens and len(self._turns) > 1:
                 self._forget(next(iter(self._turns)))
 
-    def find(self, key: Hashable) -> Turn | None:
-        """The turn that ended this chat, if it is remembered."""
+    def find(self, chat: Hashable) -> Turn | None:
+        """The latest turn that ended this chat, if it is remembered."""
         with self._lock:
-            turn = self._turns.get(key)
-            if turn is not None:
-                self._turns.move_to_end(key)
-            return turn
+            return self._used(self._latest.get(chat, b""))
+
+    def with_tokens(self, ids: Sequence[int]) -> Turn | None:
+        """The turn of these tokens, if it is remembered."""
+        name = _name(array("I", ids))
+        with self._lock:
+            return self._used(name)
 
     def __len__(self) -> int:
         return len(self._turns)
 
-    def _forget(self, key: Hashable) -> None:
-        turn = self._turns.pop(key, None)
+    def _used(self, name: bytes) -> Turn | None:
+        turn = self._turns.get(name)
+        if turn is not None:
+            self._turns.move_to_end(name)
+        return turn
+
+    def _forget(self, name: bytes) -> None:
+        turn = self._turns.pop(name, None)
         if turn is not None:
             self._num_tokens -= len(turn.ids)
+            if self._latest.get(turn.chat) == name:
+                del self._latest[turn.chat]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"max_tokens": self._max_tokens}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a copy starts empty
+
+
+def _name(ids: array[int]) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def chat_key(messages: Sequence[Message]) -> Hashable:
@@ -122,32 +145,18 @@ def continued(
     if prompt_text.startswith(turn.text):
         rest = prompt_text[len(turn.text) :]
     else:
-        rest = _rest(turn, messages, answer, prompt_text, render)
+        written = _after_answer(messages, answer, render)
+        if written is None:  # the template leaves the answer out
+            return encode(prompt_text)
+        rest = written.removeprefix(turn.ending)
     return [*turn.ids, *encode(rest)] if rest else list(turn.ids)
 
 
-def _rest(
-    turn: Turn,
-    messages: Sequence[Message],
-    answer: int,
-    prompt_text: str,
-    render: Render,
-) -> str:
-    """What the template writes after an assistant message that it changed on its way.
+def _after_answer(messages: Sequence[Message], answer: int, render: Render) -> str | None:
+    """What the template writes after an assistant message, whatever it makes of the message.
 
     Templates trim contents or leave old thoughts out, and a stop string is not in the message.
     """
-    closing = _closing(render).removeprefix(turn.ending)
-    rendered = render(messages[: answer + 1], False)
-    if prompt_text.startswith(rendered):
-        return closing + prompt_text[len(rendered) :]
-    base = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    before = render(base, False)
-    after = render([*base, *messages[answer + 1 :]], True)
-    return closing + after[len(before) :] if after.startswith(before) else closing
-
-
-def _closing(render: Render) -> str:
-    """What the template writes after the content of an assistant message."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-    return render(chat, False).rpartition(SENTINEL)[2]
+    marked = [*messages[:answer], {"role": "assistant", "content": SENTINEL}]
+    _, found, rest = render([*marked, *messages[answer + 1 :]], True).rpartition(SENTINEL)
+    return rest if found else None

@@ -1,0 +1,848 @@
+"""Aborting, and going on from what an aborted row had."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fault_proxy import Fault, FaultProxy
+from servers import hf_log_probs, needs, perturb
+from tensordict import NonTensorData, TensorDict, lazy_stack
+from torchrl.data.llm import History
+from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
+
+from torchrl_sglang import (
+    AsyncSGLang,
+    GenerateRequest,
+    SamplingParams,
+    SGLangWeightSyncScheme,
+    SGLangWrapper,
+    WeightSyncConfig,
+)
+from torchrl_sglang.completions import Completion, VersionSpan
+from torchrl_sglang.errors import (
+    ConfigError,
+    InputError,
+    RequestAbortedError,
+    ServerFailedError,
+    UnsupportedOptionError,
+)
+from torchrl_sglang.partial import continuation, joined
+from torchrl_sglang.protocol import Returns
+
+Connect = Callable[..., SGLangWeightSyncScheme]
+
+SHORT = SamplingParams(max_new_tokens=4, ignore_eos=True)
+LONG = SamplingParams(max_new_tokens=1900, ignore_eos=True)  # many seconds
+
+
+def requests_of(*samplings: SamplingParams, **fields: Any) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(input_ids=(5, 6, 7 + index), sampling=sampling, **fields)
+        for index, sampling in enumerate(samplings)
+    ]
+
+
+def load(service: AsyncSGLang) -> tuple[int, int]:
+    """How many requests the server works on, and how many wait in its queue."""
+    loads = service.workers[0].get("/v1/loads")["loads"][0]
+    return loads["num_running_reqs"], loads["num_waiting_reqs"]
+
+
+def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+def once_running(service: AsyncSGLang, count: int, call: Callable[[], Any]) -> Future[Any]:
+    """``call`` in a thread, which returns once the server has so many requests and has begun."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001
+            future.set_exception(error)
+
+    def settled() -> bool:
+        """As many as are meant to be left, now and a moment later."""
+        if sum(load(service)) != count:
+            return future.done()
+        time.sleep(0.2)
+        return sum(load(service)) == count
+
+    threading.Thread(target=run, daemon=True).start()
+    wait_until(settled)
+    return future
+
+
+@pytest.fixture(autouse=True)
+def idle(service: AsyncSGLang) -> Iterator[None]:
+    """Nothing of one test is left to the next."""
+    yield
+    service.abort()
+    wait_until(lambda: load(service) == (0, 0))
+
+
+# The service
+
+
+def test_one_request(service: AsyncSGLang) -> None:
+    requests = requests_of(LONG, LONG, partial_allowed=True)
+    future = once_running(service, 2, lambda: service.complete(requests))
+    service.abort(requests[1].rid)
+    wait_until(lambda: load(service)[0] == 1)
+    service.abort(requests[0].rid)
+    first, second = future.result(10.0)
+    assert (first.finish_type, second.finish_type) == ("abort", "abort")
+    assert 0 < len(second.output_ids) < len(first.output_ids) < 1900
+    assert len(second.log_probs) == len(second.output_ids)
+    assert second.version_spans[-1].end == len(second.output_ids)
+
+
+def test_all_requests_of_all_clients(service: AsyncSGLang, attached: AsyncSGLang) -> None:
+    ours = once_running(
+        service, 2, lambda: service.complete(requests_of(LONG, LONG, partial_allowed=True))
+    )
+    theirs = once_running(service, 3, lambda: attached.complete(requests_of(LONG)))
+    service.abort()
+    assert [c.finish_type for c in ours.result(10.0)] == ["abort", "abort"]
+    with pytest.raises(RequestAbortedError, match=r"aborted after \d+ tokens") as caught:
+        theirs.result(10.0)
+    assert caught.value.__notes__ == ["prompt 0 of the batch, attempt 1"]
+
+
+def test_requests_that_wait_in_the_servers_queue(service: AsyncSGLang) -> None:
+    """They have nothing yet, and are as partial as the others."""
+    requests = requests_of(*[LONG] * 40, partial_allowed=True)
+    future = once_running(service, 40, lambda: service.complete(requests))
+    wait_until(lambda: load(service)[1])
+    service.abort()
+    completions = future.result(10.0)
+    assert {c.finish_type for c in completions} == {"abort"}
+    empty = [c for c in completions if not c.output_ids]
+    assert 0 < len(empty) < 40
+    for request, completion in zip(requests, completions, strict=True):
+        assert completion.rid == request.rid
+        assert completion.prompt_tokens == 3
+        assert len(completion.log_probs) == len(completion.output_ids)
+        assert completion.version_spans[-1].end == len(completion.output_ids)
+
+
+def test_every_extra_of_a_request_that_waits_in_the_queue(service: AsyncSGLang) -> None:
+    needs(service, "sampling_mask_tokens")
+    returns = Returns(input_log_probs=True, top_log_probs=2, sampling_mask=True)
+    sampling = LONG.updated({"top_k": 5})
+    requests = requests_of(*[sampling] * 40, partial_allowed=True, returns=returns)
+    future = once_running(service, 40, lambda: service.complete(requests))
+    wait_until(lambda: load(service)[1])
+    service.abort()
+    for completion in future.result(10.0):
+        length = len(completion.output_ids)
+        assert len(completion.top_log_probs) == len(completion.sampling_mask) == length
+        assert len(completion.sampling_log_probs) == length
+        assert (completion.input_log_probs is None) == (length == 0)
+
+
+def test_older_servers_say_nothing_of_what_waits(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
+    """SGLang 0.5.17 answers 499 for a request that it aborts in its queue."""
+    proxy.faults["/generate"] = Fault(status=499)
+    with pytest.raises(RequestAbortedError, match="before it ran"):
+        proxied.complete(requests_of(SHORT))
+    returns = Returns(top_log_probs=2, sampling_mask=True)
+    sampling = SHORT.updated({"top_k": 5})
+    requests = requests_of(
+        sampling, sampling.updated({"n": 2}), partial_allowed=True, returns=returns
+    )
+    completions = proxied.complete(requests)
+    assert [c.finish_type for c in completions] == ["abort"] * 3
+    assert [c.output_ids for c in completions] == [[]] * 3
+    assert [c.prompt_tokens for c in completions] == [3] * 3
+    assert completions[0].log_probs == completions[0].sampling_mask == []
+    policy = SGLangWrapper(
+        proxied, input_mode="tokens", partial_rollouts=True, extras={"top_log_probs": 2}
+    )
+    out = policy(token_rows([5, 6], [7, 8]), max_new_tokens=4, ignore_eos=True)
+    assert reasons(out) == ["abort"] * 2
+    proxy.faults.clear()
+    out = policy.resume(out, max_new_tokens=4, ignore_eos=True)
+    assert [len(split(row)[1]) for row in rows_of(out)] == [4, 4]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_requests_that_were_retracted(service: AsyncSGLang, masked: bool) -> None:
+    """They keep what the server had sent of them; what lacks a mask that was asked for goes."""
+    needs(service, *(["sampling_mask_tokens"] if masked else []))
+    sampling = LONG.updated({"top_k": 5}) if masked else LONG
+    returns = Returns(sampling_mask=masked)
+    requests = requests_of(sampling, sampling, partial_allowed=True, returns=returns)
+    future = once_running(service, 2, lambda: service.complete(requests))
+    time.sleep(0.4)
+    worker = service.workers[0]
+    worker.post("/pause_generation", {"mode": "retract"})
+    try:
+        service.abort()
+        completions = future.result(10.0)
+    finally:
+        worker.post("/continue_generation")
+    for completion in completions:
+        assert completion.finish_type == "abort"
+        assert len(completion.log_probs) == len(completion.output_ids)
+        assert bool(completion.output_ids) == (not masked)
+
+
+def test_without_partial_rollouts_it_raises(service: AsyncSGLang) -> None:
+    policy = SGLangWrapper(service, input_mode="tokens", generate_kwargs={"ignore_eos": True})
+    td = token_rows([5, 6], [7, 8])
+    future = once_running(service, 2, lambda: policy(td, max_new_tokens=1900))
+    service.abort()
+    with pytest.raises(RequestAbortedError):
+        future.result(10.0)
+    assert set(td.keys()) == {"tokens"}  # nothing was written
+
+
+def test_an_unknown_id_is_no_error(service: AsyncSGLang) -> None:
+    service.abort("somebody-else")
+    assert service.generate([5, 6], SHORT).output_ids
+
+
+def test_a_request_that_was_sent_again(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
+    """Under the id that the caller knows, though its second attempt has another."""
+    proxy.faults["/generate"] = Fault(status=503, times=1)
+    (request,) = requests_of(LONG, partial_allowed=True)
+    future = once_running(proxied, 1, lambda: proxied.complete([request]))
+    proxied.abort(request.rid)
+    (completion,) = future.result(10.0)
+    assert completion.finish_type == "abort"
+    assert completion.rid != request.rid
+
+
+def test_samples_of_one_prompt(service: AsyncSGLang) -> None:
+    """The server gives them ids of its own, so that only all can be aborted, or none."""
+    (request,) = requests_of(LONG.updated({"n": 3}), partial_allowed=True)
+    future = once_running(service, 3, lambda: service.complete([request]))
+    with pytest.raises(UnsupportedOptionError, match="several samples"):
+        service.abort(request.rid)
+    service.abort()
+    assert [c.finish_type for c in future.result(10.0)] == ["abort"] * 3
+
+
+def test_samples_with_ids_of_our_own(service: AsyncSGLang) -> None:
+    needs(service, "sampling_mask_tokens")
+    (request,) = requests_of(
+        LONG.updated({"n": 3, "top_k": 5}),
+        partial_allowed=True,
+        returns=Returns(sampling_mask=True),
+    )
+    future = once_running(service, 3, lambda: service.complete([request]))
+    service.abort(request.rid)
+    assert [c.finish_type for c in future.result(10.0)] == ["abort"] * 3
+
+
+def test_a_server_that_does_not_take_the_order(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
+    proxy.faults["/abort_request"] = Fault(status=500)
+    with pytest.raises(ServerFailedError, match="injected"):
+        proxied.abort()
+
+
+def test_awaited_and_one_by_one(service: AsyncSGLang) -> None:
+    requests = requests_of(LONG, SHORT, partial_allowed=True)
+
+    async def main() -> list[Any]:
+        seen = []
+        async for index, group in service.aas_completed(requests):
+            seen.append((index, group[0].finish_type))
+            await asyncio.to_thread(service.abort, requests[0].rid)
+        return seen
+
+    assert asyncio.run(main()) == [(1, "length"), (0, "abort")]
+
+
+# Putting parts together
+
+
+def part(ids: list[int], finish_type: Any = "abort", version: str = "1", **fields: Any) -> Any:
+    made: dict[str, Any] = {
+        "rid": "a",
+        "output_ids": ids,
+        "log_probs": [-float(i) for i in ids],
+        "text": "x",
+        "finish_type": finish_type,
+        "matched_stop": None,
+        "prompt_tokens": 3,
+        "cached_tokens": 1,
+        "version_spans": (VersionSpan(version=version, start=0, end=len(ids)),),
+        "latency_s": 1.5,
+    }
+    return Completion(**{**made, **fields})
+
+
+@pytest.mark.parametrize(
+    ("done", "fewest", "left"),
+    [([], 5, (20, 5)), ([7, 8], 5, (18, 3)), ([7] * 8, 5, (12, 0)), ([7] * 19, 0, (1, 0))],
+)
+def test_a_continuation(done: list[int], fewest: int, left: tuple[int, int]) -> None:
+    sampling = SamplingParams(max_new_tokens=20, min_new_tokens=fewest, temperature=0.5)
+    (request,) = requests_of(sampling, lora="x", partial_allowed=True)
+    rest = continuation(request, part(done))
+    assert rest.input_ids == (5, 6, 7, *done)
+    assert (rest.sampling.max_new_tokens, rest.sampling.min_new_tokens) == left
+    assert (rest.sampling.temperature, rest.lora, rest.partial_allowed) == (0.5, "x", True)
+    assert rest.rid != request.rid
+
+
+@pytest.mark.parametrize(
+    ("request_of", "so_far", "error"),
+    [
+        (SHORT, part([7], "length"), ConfigError),
+        (SHORT, part([7] * 4), ConfigError),
+        (SHORT.updated({"n": 2}), part([7]), ConfigError),
+        (SHORT.updated({"regex": "a*"}), part([7]), UnsupportedOptionError),
+        (SHORT.updated({"json_schema": "{}"}), part([7]), UnsupportedOptionError),
+    ],
+)
+def test_what_can_not_go_on(
+    request_of: SamplingParams, so_far: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        continuation(requests_of(request_of)[0], so_far)
+    with pytest.raises(ConfigError):
+        continuation(GenerateRequest(text="hello", sampling=SHORT), so_far)
+
+
+def test_a_grammar_that_did_not_begin_may_go_on() -> None:
+    assert continuation(requests_of(SHORT.updated({"regex": "a*"}))[0], part([]))
+
+
+def test_joined_parts() -> None:
+    before = part([7, 8], top_log_probs=[[(-1.0, 7)], [(-2.0, 8)]], sampling_mask=[[7], [8, 9]])
+    after = part(
+        [9],
+        "stop",
+        "2",
+        rid="b",
+        prompt_tokens=5,
+        matched_stop=9,
+        top_log_probs=[[(-3.0, 9)]],
+        sampling_mask=[[9]],
+        input_log_probs=[float("nan"), -1.0, -2.0, -7.0, -8.0],
+    )
+    whole = joined(before, after)
+    assert whole.output_ids == [7, 8, 9]
+    assert whole.log_probs == [-7.0, -8.0, -9.0]
+    assert [(s.version, s.start, s.end) for s in whole.version_spans] == [("1", 0, 2), ("2", 2, 3)]
+    assert (whole.rid, whole.finish_type, whole.matched_stop) == ("b", "stop", 9)
+    assert (whole.prompt_tokens, whole.cached_tokens, whole.latency_s) == (3, 1, 3.0)
+    assert whole.top_log_probs == [[(-1.0, 7)], [(-2.0, 8)], [(-3.0, 9)]]
+    assert whole.sampling_mask == [[7], [8, 9], [9]]
+    assert whole.sampling_log_probs is None
+    assert whole.input_log_probs[1:] == [-1.0, -2.0]
+    assert whole.text is None
+
+
+@pytest.mark.parametrize(("first", "second"), [([], [9]), ([7], [])])
+def test_a_part_without_a_token(first: list[int], second: list[int]) -> None:
+    whole = joined(part(first), part(second, version="2"))
+    assert whole.output_ids == [*first, *second]
+    assert [(s.start, s.end) for s in whole.version_spans] == [(0, 1)]
+
+
+def test_three_parts_in_any_order() -> None:
+    parts = [part([7, 8]), part([9], version="2"), part([10], "length", "2")]
+    left = joined(joined(parts[0], parts[1]), parts[2])
+    right = joined(parts[0], joined(parts[1], parts[2]))
+    assert left.output_ids == right.output_ids == [7, 8, 9, 10]
+    assert left.version_spans == right.version_spans
+    assert left.log_probs == right.log_probs
+
+
+def test_parts_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match="log-probs"):
+        joined(part([7]), part([8], log_probs=None))
+
+
+def test_hidden_states_of_two_parts() -> None:
+    before = part([7, 8], hidden_states=[[[0.0], [1.0], [2.0]], [3.0]])
+    after = part([9, 10], hidden_states=[[[5.0], [6.0]], [7.0]])
+    states = joined(before, after).hidden_states
+    assert [states[0][-1], *states[1:]] == [[2.0], [3.0], [6.0], [7.0]]
+
+
+# The policy
+
+
+QUESTIONS = ["the quick", "hello", "a policy acts, the environment answers", "no"]
+SAMPLING = {"max_new_tokens": 1500, "ignore_eos": True}
+
+
+def token_rows(*prompts: Sequence[int]) -> TensorDict:
+    return lazy_stack(
+        [
+            TensorDict(tokens=Tokens(prompt=torch.tensor(p), batch_size=()), batch_size=())
+            for p in prompts
+        ]
+    )
+
+
+def make_input(mode: str) -> TensorDict:
+    if mode == "tokens":
+        return token_rows([5, 6, 7], [20, 21], [40, 41, 42, 43], [9])
+    if mode == "text":
+        rows = [TensorDict(text=Text(prompt=q, batch_size=()), batch_size=()) for q in QUESTIONS]
+    else:
+        chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
+        rows = [
+            TensorDict(history=ChatHistory(prompt=h, batch_size=()), batch_size=())
+            for h in History.from_chats(chats)
+        ]
+    return lazy_stack(rows)
+
+
+def rows_of(td: Any) -> list[Any]:
+    return list((td.reshape(-1) if td.ndim > 1 else td).unbind(0))
+
+
+def reasons(td: Any) -> list[str]:
+    return [row["rollout", "finish_reason"] for row in rows_of(td)]
+
+
+def lengths_per_row(*lengths: int) -> TensorDict:
+    return TensorDict(max_new_tokens=torch.tensor(lengths), batch_size=len(lengths))
+
+
+def split(row: Any) -> tuple[list[int], list[int], list[float], list[int]]:
+    """Prompt, sampled ids, their log-probs and versions; everything else is as it should be."""
+    tokens, masks = row["tokens"], row["masks"]
+    every, answer = masks.all_attention_mask, masks.all_assistant_mask
+    scores, versions = row["log_probs"].full, row["rollout", "policy_version"]
+    assert every.shape == answer.shape == scores.shape == versions.shape == tokens.full.shape
+    assert torch.equal(tokens.full, torch.cat([tokens.prompt, tokens.response]))
+    assert not (answer & ~every).any()
+    assert (versions[~answer] == -1).all()
+    ids, sampled = tokens.full[every & ~answer].tolist(), tokens.full[answer].tolist()
+    assert row["text"].full == row["text"].prompt + row["text"].response
+    return ids, sampled, scores[answer].tolist(), versions[answer].tolist()
+
+
+def aborted(policy: Any, td: TensorDict, service: AsyncSGLang, running: int, **kwargs: Any) -> Any:
+    """What the policy returns for ``td`` when everything is aborted on its way."""
+    future = once_running(service, running, lambda: policy(td, **kwargs))
+    service.abort()
+    return future.result(20.0)
+
+
+@pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
+@pytest.mark.parametrize("mode", ["history", "text", "tokens"])
+def test_resuming(
+    service: AsyncSGLang, model: Any, tokenizer: Any, mode: str, pad_output: bool
+) -> None:
+    """Aborted rows go on from their tokens; the others stay as they are."""
+    policy = SGLangWrapper(
+        service,
+        input_mode=mode,
+        generate_kwargs=SAMPLING,
+        pad_output=pad_output,
+        partial_rollouts=True,
+    )
+    td = make_input(mode).set("sampling", lengths_per_row(1500, 5, 1500, 12))
+    out = aborted(policy, td, service, 2)
+    assert reasons(out) == ["abort", "length", "abort", "length"]
+    parts = [split(row) for row in rows_of(out)]
+    old = [row.clone() for row in rows_of(out)]
+    assert all(100 > len(sampled) > 0 or len(sampled) < 1500 for _, sampled, _, _ in parts)
+
+    wanted = [len(parts[0][1]) + 7, 5, len(parts[2][1]) + 3, 12]
+    out.set("sampling", lengths_per_row(*wanted))
+    resumed = policy.resume(out)
+    assert resumed is out
+    assert reasons(resumed) == ["length"] * 4
+    rows = rows_of(resumed)
+    for index, (row, (prompt, sampled, scores, versions)) in enumerate(
+        zip(rows, parts, strict=True)
+    ):
+        again, whole, all_scores, all_versions = split(row)
+        assert again == prompt
+        assert len(whole) == wanted[index]
+        assert whole[: len(sampled)] == sampled
+        assert all_scores[: len(scores)] == scores
+        assert all_versions[: len(versions)] == versions
+        assert all_scores == pytest.approx(hf_log_probs(model, prompt, whole), abs=0.02)
+        assert row["text"].response == tokenizer.decode(whole)
+        if mode == "history":
+            assert row["history"].response.content == [row["text"].response]
+            assert row["history"].full.role == ["user", "assistant"]
+    for index in (1, 3):
+        same(old[index], rows[index], padded=pad_output)
+
+
+def same(old: Any, new: Any, *, padded: bool) -> None:
+    """A row that was not aborted, but for longer padding."""
+    assert set(old.keys(True, True)) == set(new.keys(True, True))
+    for key, value in old.items(True, True):
+        got = new.get(key)
+        if not isinstance(value, torch.Tensor):
+            assert str(got) == str(value), key
+        elif padded and value.ndim and got.shape != value.shape:
+            torch.testing.assert_close(got[: len(value)], value, equal_nan=True, msg=str(key))
+        else:
+            torch.testing.assert_close(got, value, equal_nan=True, msg=str(key))
+    if "history" in old:
+        assert new["history"].full.content == old["history"].full.content
+        assert new["history"].response.is_complete == old["history"].response.is_complete
+    assert new["text"].full == old["text"].full
+
+
+@pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
+@pytest.mark.parametrize("ending", ["eos", "stop string"])
+def test_rows_that_ended_stay_as_they_are(
+    service: AsyncSGLang, tokenizer: Any, ending: str, pad_output: bool
+) -> None:
+    """What a stop takes out of text and history stays out."""
+    policy = SGLangWrapper(
+        service,
+        generate_kwargs={"max_new_tokens": 1900, "no_stop_trim": False},
+        pad_output=pad_output,
+        partial_rollouts=True,
+        extras=["request_id", "latency", "cached_tokens"],
+    )
+    stop = tokenizer.eos_token if ending == "eos" else "e"
+    ended = TensorDict(
+        logit_bias=NonTensorData({tokenizer.convert_tokens_to_ids(stop): 100.0}),
+        stop=NonTensorData([] if ending == "eos" else [stop]),
+    )
+    going_on = TensorDict(logit_bias=NonTensorData({tokenizer.eos_token_id: -100.0}))
+    td = make_input("history")[:2]
+    td[0].set("sampling", ended)
+    td[1].set("sampling", going_on)
+    out = aborted(policy, td, service, 1)
+    assert reasons(out) == ["stop", "abort"]
+    old = rows_of(out)[0].clone()
+    assert split(old)[1] == [tokenizer.convert_tokens_to_ids(stop)]
+    assert old["history"].response.content == [old["text"].response] == [""]
+    done = len(split(rows_of(out)[1])[1])
+    resumed = policy.resume(out, max_new_tokens=done + 3)
+    same(old, rows_of(resumed)[0], padded=pad_output)
+    assert len(split(rows_of(resumed)[1])[1]) == done + 3
+
+
+def test_aborted_twice(service: AsyncSGLang, model: Any) -> None:
+    policy = SGLangWrapper(
+        service, input_mode="tokens", generate_kwargs=SAMPLING, partial_rollouts=True
+    )
+    out = aborted(policy, make_input("tokens"), service, 4)
+    first = [len(split(row)[1]) for row in rows_of(out)]
+    future = once_running(service, 4, lambda: policy.resume(out))
+    service.abort()
+    out = future.result(20.0)
+    assert reasons(out) == ["abort"] * 4
+    second = [len(split(row)[1]) for row in rows_of(out)]
+    assert all(b > a for a, b in zip(first, second, strict=True))
+    out = policy.resume(out, max_new_tokens=max(second) + 4)
+    for row in rows_of(out):
+        prompt, sampled, scores, _ = split(row)
+        assert len(sampled) == max(second) + 4
+        assert scores == pytest.approx(hf_log_probs(model, prompt, sampled), abs=0.02)
+
+
+def test_rows_that_never_began(service: AsyncSGLang, model: Any) -> None:
+    """They waited in the server's queue, and have nothing but their prompt."""
+    policy = SGLangWrapper(
+        service,
+        input_mode="tokens",
+        generate_kwargs={"max_new_tokens": 1900, "ignore_eos": True},
+        partial_rollouts=True,
+        extras={"top_log_probs": 2},
+    )
+    td = token_rows(*[[5, 6, 20 + i] for i in range(30)])
+    out = aborted(policy, td, service, 30)
+    assert reasons(out) == ["abort"] * 30
+    counts = [len(split(row)[1]) for row in rows_of(out)]
+    assert 0 in counts
+    assert max(counts) > 0
+    out.set("sampling", lengths_per_row(*[count + 3 for count in counts]))
+    out = policy.resume(out)
+    for row, count in zip(rows_of(out), counts, strict=True):
+        prompt, sampled, scores, _ = split(row)
+        assert len(sampled) == count + 3
+        assert scores == pytest.approx(hf_log_probs(model, prompt, sampled), abs=0.02)
+        assert row["rollout", "top_log_probs"].shape == (count + 3, 2)
+
+
+@pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
+def test_several_samples(service: AsyncSGLang, model: Any, pad_output: bool) -> None:
+    policy = SGLangWrapper(
+        service,
+        generate_kwargs=SAMPLING,
+        num_samples=3,
+        pad_output=pad_output,
+        partial_rollouts=True,
+        inplace=False,
+    )
+    out = aborted(policy, make_input("history")[:2], service, 6)
+    assert out.batch_size == (2, 3)
+    assert reasons(out) == ["abort"] * 6
+    before = [split(row) for row in rows_of(out)]
+    longest = max(len(sampled) for _, sampled, _, _ in before)
+    out = policy.resume(out, max_new_tokens=longest + 5)
+    assert out.batch_size == (2, 3)
+    for row, (prompt, sampled, _, _) in zip(rows_of(out), before, strict=True):
+        again, whole, scores, _ = split(row)
+        assert again == prompt
+        assert whole[: len(sampled)] == sampled
+        assert len(whole) == longest + 5
+        assert scores == pytest.approx(hf_log_probs(model, prompt, whole), abs=0.02)
+        assert row["history"].response.content == [row["text"].response]
+
+
+@pytest.mark.parametrize("mode", ["reported", "corrected"])
+def test_extras_of_both_parts(service: AsyncSGLang, mode: Any) -> None:
+    needs(service, "sampling_mask_tokens")
+    extras = {"top_log_probs": 3, "sampling_mask": True, "input_log_probs": True}
+    others = {"cached_tokens": True, "request_id": True, "latency": True}
+    policy = SGLangWrapper(
+        service,
+        input_mode="tokens",
+        generate_kwargs={**SAMPLING, "top_k": 5},
+        log_probs_mode=mode,
+        partial_rollouts=True,
+        extras={**extras, **others},
+    )
+    td = make_input("tokens").set("sampling", lengths_per_row(1500, 6, 1500, 6))
+    out = aborted(policy, td, service, 2)
+    assert reasons(out) == ["abort", "length", "abort", "length"]
+    old = [row.clone() for row in rows_of(out)]
+    counts = [len(split(row)[1]) for row in old]
+    out.set("sampling", lengths_per_row(*[c + 4 if c > 6 else c for c in counts]))
+    out = policy.resume(out)
+    for index, (row, before) in enumerate(zip(rows_of(out), old, strict=True)):
+        _, sampled, scores, _ = split(row)
+        info, was = row["rollout"], before["rollout"]
+        assert len(sampled) == counts[index] + (4 if index in (0, 2) else 0)
+        assert info["top_log_probs"].shape == info["top_token_ids"].shape == (len(sampled), 3)
+        torch.testing.assert_close(info["top_log_probs"][: counts[index]], was["top_log_probs"])
+        offsets = info["sampling_mask_offsets"].tolist()
+        kept = info["sampling_mask_ids"].tolist()
+        assert len(offsets) == len(sampled) + 1
+        for position, token in enumerate(sampled):
+            assert token in kept[offsets[position] : offsets[position + 1]]
+        # In both parts the same log-probs: among the ids kept, or before any were left out.
+        top = dict(zip(info["top_token_ids"][-1].tolist(), info["top_log_probs"][-1], strict=True))
+        if sampled[-1] in top:
+            close = abs(top[sampled[-1]].item() - scores[-1]) < 0.02
+            assert close or mode == "corrected"
+        prompt = row["log_probs"].prompt
+        assert prompt[0].isnan()
+        assert not prompt[1:].isnan().any()
+        torch.testing.assert_close(prompt, before["log_probs"].prompt, equal_nan=True)
+        assert info["cached_tokens"] == was["cached_tokens"]
+        assert info["latency_s"] >= was["latency_s"]
+        if index in (1, 3):
+            same(before, row, padded=False)
+
+
+def test_hidden_states_of_both_parts_are_refused_or_joined(service: AsyncSGLang) -> None:
+    if service.info.features.hidden_states:
+        pytest.skip("this server returns hidden states")
+    with pytest.raises(UnsupportedOptionError, match="hidden states"):
+        SGLangWrapper(service, input_mode="tokens", extras=["hidden_states"])(token_rows([5, 6]))
+
+
+def test_options_per_row_go_on_under_any_name(service: AsyncSGLang) -> None:
+    """``max_tokens`` is ``max_new_tokens``; both limits count from the row's start."""
+    policy = SGLangWrapper(
+        service, input_mode="tokens", generate_kwargs=SAMPLING, partial_rollouts=True
+    )
+    options = TensorDict(
+        max_tokens=torch.tensor([1500, 1500]),
+        min_tokens=torch.tensor([0, 1400]),
+        temperature=torch.tensor([1.0, 0.0]),
+        batch_size=2,
+    )
+    out = aborted(policy, token_rows([5, 6], [7, 8]).set("sampling", options), service, 2)
+    counts = [len(split(row)[1]) for row in rows_of(out)]
+    options["max_tokens"] = torch.tensor([count + 6 for count in counts])
+    options["min_tokens"] = options["max_tokens"] - 1
+    out = policy.resume(out.set("sampling", options))
+    assert [len(split(row)[1]) for row in rows_of(out)] == [count + 6 for count in counts]
+    greedy = split(rows_of(out)[1])[1]
+    alone = service.generate([7, 8], {**SAMPLING, "temperature": 0.0, "max_new_tokens": 20})
+    assert greedy[:20] == alone.output_ids
+
+
+def test_a_session_per_row_goes_on(service: AsyncSGLang) -> None:
+    needs(service, "sessions")
+    policy = SGLangWrapper(
+        service, input_mode="tokens", generate_kwargs=SAMPLING, partial_rollouts=True
+    )
+    with service.open_session() as session:
+        td = token_rows([5, 6, 7])
+        td[0].set("sampling", TensorDict(session=NonTensorData(session.session_id)))
+        out = aborted(policy, td, service, 1)
+        assert session.tokens == []
+        done = len(split(out[0])[1])
+        out = policy.resume(out, max_new_tokens=done + 4)
+        prompt, sampled, _, _ = split(out[0])
+        assert len(sampled) == done + 4
+        assert session.tokens == [*prompt, *sampled]
+
+
+def test_nothing_to_resume(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
+    policy = SGLangWrapper(
+        proxied, input_mode="tokens", generate_kwargs=SAMPLING, partial_rollouts=True
+    )
+    out = policy(token_rows([5, 6], [7, 8]), max_new_tokens=4)
+    old = [row.clone() for row in rows_of(out)]
+    proxy.seen.clear()
+    for before, after in zip(old, rows_of(policy.resume(out)), strict=True):
+        same(before, after, padded=False)
+    assert "/generate" not in [path for path, _ in proxy.seen]
+
+
+@pytest.mark.parametrize(
+    "keys", [{"tokens_key": None}, {"masks_key": None}, {"rollout_key": None}], ids=str
+)
+def test_what_resuming_needs(service: AsyncSGLang, keys: dict[str, Any]) -> None:
+    policy = SGLangWrapper(
+        service, input_mode="text", generate_kwargs=SAMPLING, partial_rollouts=True, **keys
+    )
+    out = policy(make_input("text"), max_new_tokens=3)
+    with pytest.raises(InputError, match="missing"):
+        policy.resume(out)
+    with pytest.raises(InputError, match="missing"):
+        policy.resume(make_input("text"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"max_new_tokens": 1}, ConfigError, "counts from its start"),
+        ({"regex": "[a-z]*"}, UnsupportedOptionError, "begin again"),
+        ({"n": 2}, InputError, "n=2"),
+    ],
+)
+def test_what_can_not_be_resumed(
+    service: AsyncSGLang, kwargs: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    policy = SGLangWrapper(
+        service, input_mode="tokens", generate_kwargs=SAMPLING, partial_rollouts=True
+    )
+    out = aborted(policy, token_rows([5, 6], [7, 8]), service, 2)
+    before = [row.clone() for row in rows_of(out)]
+    with pytest.raises(error, match=match):
+        policy.resume(out, **kwargs)
+    for old, row in zip(before, rows_of(out), strict=True):
+        same(old, row, padded=False)
+
+
+# With pushes
+
+
+def test_each_part_keeps_its_version(service: AsyncSGLang, model: Any, connected: Connect) -> None:
+    scheme = connected()
+    policy = SGLangWrapper(
+        service, input_mode="tokens", generate_kwargs=SAMPLING, partial_rollouts=True
+    )
+    td = make_input("tokens").set("sampling", lengths_per_row(1500, 5, 1500, 5))
+    out = aborted(policy, td, service, 2)
+    parts = [split(row) for row in rows_of(out)]
+    old_model = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    old_version = parts[0][3][0]
+    scheme.send(perturb(model, seed=21))
+    new_version = scheme.last_push.version  # type: ignore[union-attr]
+    assert new_version != old_version
+    wanted = [len(parts[0][1]) + 30, 5, len(parts[2][1]) + 30, 5]
+    out = policy.resume(out.set("sampling", lengths_per_row(*wanted)))
+    new = [split(row) for row in rows_of(out)]
+    for index, (prompt, whole, scores, versions) in enumerate(new):
+        count = len(parts[index][1])
+        assert versions == [old_version] * count + [new_version] * (len(whole) - count)
+        expected = hf_log_probs(model, prompt, whole)
+        # Each part is the log-prob of the weights that sampled it, given all that was before.
+        assert scores[count:] == pytest.approx(expected[count:], abs=0.02)
+    assert [row["rollout", "weight_version"].item() for row in rows_of(out)] == [
+        new_version,
+        old_version,
+        new_version,
+        old_version,
+    ]
+    changed = [hf_log_probs(model, prompt, whole) for prompt, whole, _, _ in new]
+    model.load_state_dict(old_model)
+    for index, (prompt, whole, scores, _) in enumerate(new):
+        count = len(parts[index][1])
+        expected = hf_log_probs(model, prompt, whole)
+        assert scores[:count] == pytest.approx(expected[:count], abs=0.02)
+        worst = max(abs(a - b) for a, b in zip(expected, changed[index], strict=True))
+        assert count < 6 or worst > 0.1  # the two are far enough apart to tell
+
+
+def test_a_push_that_aborts_gives_partial_rows(
+    service: AsyncSGLang, model: Any, connected: Connect
+) -> None:
+    scheme = connected(config=WeightSyncConfig(pause_mode="abort"))
+    policy = SGLangWrapper(
+        service, input_mode="tokens", generate_kwargs=SAMPLING, partial_rollouts=True
+    )
+    future = once_running(service, 4, lambda: policy(make_input("tokens")))
+    scheme.send(perturb(model, seed=22))
+    out = future.result(20.0)
+    assert reasons(out) == ["abort"] * 4
+    version = scheme.last_push.version  # type: ignore[union-attr]
+    counts = [len(split(row)[1]) for row in rows_of(out)]
+    out = policy.resume(out.set("sampling", lengths_per_row(*[c + 3 for c in counts])))
+    for row, count in zip(rows_of(out), counts, strict=True):
+        versions = split(row)[3]
+        assert len(versions) == count + 3
+        assert set(versions[:count]) != {version}
+        assert versions[count:] == [version] * 3
+
+
+def test_a_push_in_mid_generation_gives_two_versions_in_one_row(
+    service: AsyncSGLang, model: Any, connected: Connect
+) -> None:
+    """No row is aborted: they go on under the new weights, and every token says whose it is."""
+    scheme = connected()
+    policy = SGLangWrapper(
+        service,
+        input_mode="tokens",
+        generate_kwargs={"max_new_tokens": 900, "ignore_eos": True},
+        inplace=False,
+    )
+    future = once_running(service, 2, lambda: policy(make_input("tokens")[:2]))
+    old = service.weight_version
+    scheme.send(perturb(model, seed=23))
+    version = scheme.last_push.version  # type: ignore[union-attr]
+    out = future.result(60.0)
+    assert reasons(out) == ["length"] * 2
+    for row in rows_of(out):
+        prompt, sampled, scores, versions = split(row)
+        assert sorted(set(versions)) == sorted({version, int(old) if old.isdecimal() else 0})
+        switch = versions.index(version)
+        assert set(versions[switch:]) == {version}
+        expected = hf_log_probs(model, prompt, sampled)
+        assert scores[switch:] == pytest.approx(expected[switch:], abs=0.02)
+        assert row["rollout", "weight_version"] == version
+
+
+def test_a_partial_answer_that_is_wrong(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
+    """An aborted answer is read as strictly as any other."""
+
+    def edit(content: bytes) -> bytes:
+        answer = json.loads(content)
+        answer["meta_info"]["finish_reason"] = {"type": "abort", "message": "m"}
+        answer["meta_info"]["output_token_logprobs"].pop()
+        return json.dumps(answer).encode()
+
+    proxy.faults["/generate"] = Fault(garble=edit)
+    request = replace(requests_of(SHORT)[0], partial_allowed=True)
+    with pytest.raises(ValueError, match="log-probs for 3 tokens"), ThreadPoolExecutor(1) as pool:
+        pool.submit(proxied.complete, [request]).result(20.0)

@@ -1,0 +1,331 @@
+"""Calls of many threads that share requests to the servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from fault_proxy import Fault, FaultProxy
+from tensordict import NonTensorData, TensorDict, lazy_stack
+from torchrl.modules.llm.policies import Tokens
+
+from torchrl_sglang import AsyncSGLang, SGLangWrapper
+from torchrl_sglang.batching import Batcher, BatchingConfig
+from torchrl_sglang.errors import (
+    ConfigError,
+    PromptTooLongError,
+    RequestRefusedError,
+    ServerFailedError,
+    ServiceError,
+    UnsupportedOptionError,
+)
+
+GREEDY = {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+BROKEN_REGEX = "(["
+
+
+def rows(*ids: Sequence[int], regex: str | None = None) -> TensorDict:
+    """Ragged prompts, with a regex of their own where one is given."""
+    made = []
+    for prompt in ids:
+        row = TensorDict(tokens=Tokens(prompt=torch.tensor(prompt), batch_size=()), batch_size=())
+        if regex is not None:
+            row.set("sampling", TensorDict(regex=NonTensorData(regex)))
+        made.append(row)
+    return lazy_stack(made)
+
+
+def batching_policy(service: AsyncSGLang, **kwargs: Any) -> SGLangWrapper:
+    return SGLangWrapper(
+        service, input_mode="tokens", generate_kwargs=GREEDY, inplace=False, **kwargs
+    )
+
+
+@pytest.fixture
+def grouped(service: AsyncSGLang, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many requests went out together, one number per shared call."""
+    sizes: list[int] = []
+    complete_each = type(service).complete_each
+
+    def record(self: AsyncSGLang, batch: Sequence[Any], *args: Any) -> Any:
+        sizes.append(len(batch))
+        return complete_each(self, batch, *args)
+
+    monkeypatch.setattr(type(service), "complete_each", record)
+    return sizes
+
+
+def responses(out: Any) -> list[list[int]]:
+    return [row["tokens"].response.tolist() for row in out.unbind(0)]
+
+
+def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Future[Any]]:
+    """Runs each in a thread of its own and waits for all."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [pool.submit(call) for call in calls]
+
+
+def test_threads_with_one_row_each_share_requests(service: AsyncSGLang, grouped: list[int]) -> None:
+    policy = batching_policy(service, min_batch_size=8, batching_timeout=30.0)
+    plain = batching_policy(service)
+    prompts = [[5, 6, 7 + index] for index in range(16)]
+    expected = responses(plain(rows(*prompts)))
+    grouped.clear()
+    futures = in_threads([lambda p=prompt: policy(rows(p)) for prompt in prompts])
+    assert grouped == [8, 8]
+    assert [responses(future.result())[0] for future in futures] == expected
+    assert policy.get_batching_state()["queue_size"] == 0
+
+
+def test_the_largest_size_is_kept(service: AsyncSGLang, grouped: list[int]) -> None:
+    policy = batching_policy(service, min_batch_size=3, max_batch_size=4, batching_timeout=0.3)
+    calls = [lambda i=i: policy(rows(*[[5, 6, 7, i]] * 2)) for i in range(9, 14)]
+    for future in in_threads(calls):
+        assert len(responses(future.result())) == 2
+    assert sum(grouped) == 10
+    assert max(grouped) == 4
+
+
+def test_what_does_not_fit_waits_for_the_next(service: AsyncSGLang, grouped: list[int]) -> None:
+    policy = batching_policy(service, min_batch_size=3, max_batch_size=4, batching_timeout=0.5)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(policy, rows([5, 6, 7], [5, 6, 8]))
+        wait_until(lambda: policy.get_batching_state()["queue_size"] == 1)
+        assert len(responses(policy(rows(*[[5, 6]] * 3)))) == 3
+        assert len(responses(first.result(30.0))) == 2
+    assert grouped == [3, 2]
+
+
+def test_uneven_sizes(service: AsyncSGLang, grouped: list[int]) -> None:
+    """One call's rows are never divided, and every caller gets its own."""
+    policy = batching_policy(service, min_batch_size=10, batching_timeout=30.0)
+    batches = [[[40 + size, 41 + i, 42] for i in range(size)] for size in (1, 2, 3, 4)]
+    futures = in_threads([lambda b=batch: policy(rows(*b)) for batch in batches])
+    assert grouped == [10]
+    for batch, future in zip(batches, futures, strict=True):
+        out = future.result()
+        assert [row["tokens"].prompt.tolist() for row in out.unbind(0)] == batch
+        assert responses(out) == responses(batching_policy(service)(rows(*batch)))
+
+
+def test_a_call_larger_than_the_largest_size_goes_alone(
+    service: AsyncSGLang, grouped: list[int]
+) -> None:
+    policy = batching_policy(service, min_batch_size=1, max_batch_size=2)
+    assert len(responses(policy(rows(*[[5, 6]] * 5)))) == 5
+    assert grouped == [5]
+
+
+def test_the_timeout_is_honoured(service: AsyncSGLang, grouped: list[int]) -> None:
+    """Too few rows wait as long as was said, together, and then go out."""
+    policy = batching_policy(service, min_batch_size=100, batching_timeout=1.0)
+    service.generate([5, 6], GREEDY)  # connections are open
+    start, ends = time.monotonic(), []
+
+    def call(after_s: float) -> None:
+        time.sleep(after_s)
+        policy(rows([5, 6, 7]))
+        ends.append(time.monotonic() - start)
+
+    in_threads([lambda s=after_s: call(s) for after_s in (0.0, 0.3, 0.8)])
+    assert grouped == [3]
+    assert min(ends) >= 1.0
+    assert max(ends) < 1.6  # nobody waits for his own second to be over
+
+
+def test_no_waiting_without_a_smallest_size(service: AsyncSGLang, grouped: list[int]) -> None:
+    policy = batching_policy(service, batching=True, batching_timeout=30.0)
+    start = time.monotonic()
+    policy(rows([5, 6, 7]))
+    assert time.monotonic() - start < 5.0
+    assert grouped == [1]
+
+
+def test_a_refused_request_fails_its_own_caller_alone(
+    service: AsyncSGLang, grouped: list[int]
+) -> None:
+    policy = batching_policy(service, min_batch_size=6, batching_timeout=30.0)
+    with ThreadPoolExecutor(4) as pool:
+        good = [pool.submit(policy, rows([5, 6, 7]))]
+        wait_until(lambda: policy.get_batching_state()["queue_size"] == 1)
+        bad = pool.submit(policy, rows([5, 6], [7, 8], regex=BROKEN_REGEX))
+        wait_until(lambda: policy.get_batching_state()["queue_size"] == 2)
+        good += [pool.submit(policy, rows([5, 6, 7 + i], [8, 9])) for i in range(2)]
+    assert grouped == [5 + 2]
+    for future in good:
+        assert len(responses(future.result())[0]) == 4
+    error = bad.exception()
+    assert isinstance(error, RequestRefusedError)
+    assert error.status == 400
+    # Of the caller's own batch, wherever its rows were in the shared one.
+    assert error.__notes__ == ["prompt 0 of the batch, attempt 1"]
+    # The next call works.
+    grouped.clear()
+    for future in in_threads([lambda i=i: policy(rows([5, 6, 7 + i])) for i in range(6)]):
+        assert len(responses(future.result())[0]) == 4
+    assert grouped == [6]
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [([5] * 4000, PromptTooLongError), ([5, 6], UnsupportedOptionError)],
+    ids=["too long", "option"],
+)
+def test_what_is_refused_here_joins_no_batch(
+    service: AsyncSGLang, grouped: list[int], bad: list[int], error: type[Exception]
+) -> None:
+    policy = batching_policy(service, min_batch_size=2, batching_timeout=0.2)
+    kwargs = {} if error is PromptTooLongError else {"temperatur": 1.0}
+    with pytest.raises(error):
+        policy(rows(bad), **kwargs)
+    assert policy.get_batching_state()["queue_size"] == 0
+    assert grouped == []
+
+
+def test_a_server_that_fails_for_all_fails_all(
+    proxied: AsyncSGLang, proxy: FaultProxy, grouped: list[int]
+) -> None:
+    policy = batching_policy(proxied, min_batch_size=3, batching_timeout=30.0)
+    proxy.faults["/generate"] = Fault(status=400)
+    futures = in_threads([lambda i=i: policy(rows([5, 6, i])) for i in range(3)])
+    for future in futures:
+        assert isinstance(future.exception(), RequestRefusedError)
+    proxy.faults.clear()
+    futures = in_threads([lambda i=i: policy(rows([5, 6, i])) for i in range(3)])
+    assert [len(responses(future.result())[0]) for future in futures] == [4, 4, 4]
+    assert grouped == [3, 3]
+
+
+# The batcher alone
+
+
+def double(items: list[int]) -> list[int | BaseException]:
+    return [2 * item for item in items]
+
+
+def test_every_item_runs_once_under_load() -> None:
+    runs: list[list[int]] = []
+
+    def run(items: list[int]) -> list[int | BaseException]:
+        runs.append(items)
+        time.sleep(0.001)
+        return double(items)
+
+    batcher = Batcher(run, BatchingConfig(min_size=7, max_size=20, timeout_s=0.02))
+    calls = [lambda i=i: batcher.call(i, 1 + i % 5) for i in range(300)]
+    with ThreadPoolExecutor(32) as pool:
+        results = list(pool.map(lambda call: call(), calls))
+    assert results == [2 * i for i in range(300)]
+    assert sorted(item for run_items in runs for item in run_items) == list(range(300))
+    assert all(sum(1 + i % 5 for i in run_items) <= 20 for run_items in runs)
+    assert batcher.num_waiting == 0
+
+
+def test_an_exception_in_the_thread_that_runs_reaches_everybody() -> None:
+    def fail(items: list[int]) -> list[int | BaseException]:
+        raise ServerFailedError("gone")
+
+    batcher = Batcher(fail, BatchingConfig(min_size=3, timeout_s=30.0))
+    for future in in_threads([lambda i=i: batcher.call(i, 1) for i in range(3)]):
+        assert isinstance(future.exception(), ServerFailedError)
+
+
+@pytest.fixture
+def interruptible() -> Any:
+    """SIGUSR1 in the main thread is what Ctrl-C is."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_ctrl_c_while_running_does_not_look_like_ctrl_c_elsewhere(interruptible: None) -> None:
+    def run(items: list[int]) -> list[int | BaseException]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(10.0)
+        return double(items)
+
+    batcher = Batcher(run, BatchingConfig(min_size=2, timeout_s=30.0))
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(batcher.call, 1, 1)
+        wait_until(lambda: batcher.num_waiting == 1)
+        with pytest.raises(KeyboardInterrupt):
+            batcher.call(2, 1)
+        with pytest.raises(ServiceError, match="call again"):
+            other.result(5.0)
+
+
+def test_ctrl_c_while_waiting_leaves_nothing_behind(interruptible: None) -> None:
+    """Nobody runs what nobody waits for."""
+    runs: list[list[int]] = []
+
+    def run(items: list[int]) -> list[int | BaseException]:
+        runs.append(items)
+        return double(items)
+
+    batcher = Batcher(run, BatchingConfig(min_size=2, timeout_s=30.0))
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        batcher.call(1, 1)
+    assert batcher.num_waiting == 0
+    for future in in_threads([lambda i=i: batcher.call(i, 1) for i in (2, 3)]):
+        future.result(5.0)
+    assert [sorted(items) for items in runs] == [[2, 3]]
+
+
+def test_who_is_served_by_another_does_not_wait_for_his_own_time() -> None:
+    batcher = Batcher(double, BatchingConfig(min_size=100, timeout_s=0.6))
+    start, ends = time.monotonic(), {}
+
+    def call(item: int, after_s: float) -> None:
+        time.sleep(after_s)
+        assert batcher.call(item, 1) == 2 * item
+        ends[item] = time.monotonic() - start
+
+    in_threads([lambda: call(1, 0.0), lambda: call(2, 0.5)])
+    assert 0.6 <= ends[1] < 0.9
+    assert 0.6 <= ends[2] < 0.9
+
+
+def test_a_timeout_of_zero_waits_for_nobody() -> None:
+    batcher = Batcher(double, BatchingConfig(min_size=100, timeout_s=0.0))
+    start = time.monotonic()
+    assert batcher.call(4, 1) == 8
+    assert time.monotonic() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"min_batch_size": 0},
+        {"max_batch_size": 0},
+        {"min_batch_size": 1.5},
+        {"min_batch_size": True},
+        {"min_batch_size": 4, "max_batch_size": 2},
+        {"batching": False, "min_batch_size": 2},
+        {"batching": True, "batching_timeout": -1.0},
+        {"batching": True, "batching_timeout": float("nan")},
+    ],
+    ids=str,
+)
+def test_sizes_and_timeouts_that_can_not_be(service: AsyncSGLang, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        batching_policy(service, **kwargs)
+
+
+def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)

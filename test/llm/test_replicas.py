@@ -1,0 +1,179 @@
+"""Two managed replicas: every way of sending requests spreads them, and samples stay together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import CPU_SERVER_ARGS
+
+from torchrl_sglang import (
+    AsyncSGLang,
+    GenerateRequest,
+    SamplingParams,
+    SGLangWrapper,
+    Timeouts,
+)
+from torchrl_sglang.protocol import Returns, passes_router
+
+COUNTERS = {
+    "requests": "sglang:num_requests_total",
+    "prompt": "sglang:prompt_tokens_total",
+    "generated": "sglang:generation_tokens_total",
+    "cached": "sglang:cached_tokens_total",
+}
+SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
+
+Counts = dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def replicas(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
+    with AsyncSGLang.from_pretrained(
+        str(model_path),
+        num_replicas=2,
+        device="cpu",
+        timeouts=timeouts,
+        enable_metrics=True,
+        **CPU_SERVER_ARGS,
+    ) as service:
+        yield service
+
+
+def counted(service: AsyncSGLang) -> list[Counts]:
+    """What every worker says it has done."""
+    pages = [worker.get("/metrics") for worker in service.workers]
+    return [
+        {
+            name: int(sum(map(float, re.findall(rf"^{counter}(?:{{.*}})? (\S+)$", page, re.M))))
+            for name, counter in COUNTERS.items()
+        }
+        for page in pages
+    ]
+
+
+def done_by(service: AsyncSGLang, act: Callable[[], Any]) -> tuple[Any, list[Counts]]:
+    """What an action returns, and what it made every worker do."""
+    before = counted(service)
+    result = act()
+    after = counted(service)
+    return result, [
+        {name: new[name] - old[name] for name in COUNTERS}
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def prompts_of(count: int, *, length: int = 16, first: int = 3) -> list[list[int]]:
+    """Prompts of one length that have no beginning in common."""
+    return [[first + i // 300, 3 + i % 300, *range(100, 98 + length)] for i in range(count)]
+
+
+def check_even(shares: list[Counts], *, requests: int) -> None:
+    """Each worker did half of it, give or take a tenth of that."""
+    assert sum(share["requests"] for share in shares) == requests
+    assert sum(share["generated"] for share in shares) == 8 * requests
+    for name in ("requests", "prompt", "generated"):
+        half = sum(share[name] for share in shares) / 2
+        assert all(abs(share[name] - half) <= 0.1 * half for share in shares), (name, shares)
+
+
+def test_prompts_of_equal_length_are_spread_evenly(replicas: AsyncSGLang) -> None:
+    prompts = prompts_of(256)
+    completions, shares = done_by(replicas, lambda: replicas.generate(prompts, SAMPLING))
+    assert [len(c.output_ids) for c in completions] == [8] * 256
+    check_even(shares, requests=256)
+    assert sum(share["prompt"] for share in shares) == 256 * 16
+
+
+@pytest.mark.parametrize(
+    ("options", "returns"),
+    [
+        ({"logit_bias": {7: 1.0}}, {}),
+        ({"stop_regex": "zzzz"}, {}),
+        ({"top_k": 20}, {"sampling_mask": True}),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_bypasses_the_router_is_spread_evenly(
+    replicas: AsyncSGLang, options: dict[str, Any], returns: dict[str, Any]
+) -> None:
+    batch = [
+        GenerateRequest(
+            input_ids=ids, sampling=SAMPLING.updated(options), returns=Returns(**returns)
+        )
+        for ids in prompts_of(64, first=400)
+    ]
+    assert not any(passes_router(request.bodies(seeded=False)) for request in batch)
+    _, shares = done_by(replicas, lambda: replicas.complete(batch))
+    check_even(shares, requests=64)
+
+
+def test_sessions_are_spread_evenly_and_stay(replicas: AsyncSGLang) -> None:
+    sessions = [replicas.open_session() for _ in range(8)]
+    try:
+        homes = [session.worker_url for session in sessions]
+        assert sorted(homes) == sorted([worker.url for worker in replicas.workers] * 4)
+        for turn in range(2):
+            batch = [
+                session.request([*session.tokens, *range(20 + 40 * turn + i, 36 + 40 * turn + i)],
+                                sampling=SAMPLING)
+                for i, session in enumerate(sessions)
+            ]  # fmt: skip
+            completions, shares = done_by(replicas, lambda batch=batch: replicas.complete(batch))
+            assert [share["generated"] for share in shares] == [32, 32]
+            assert all((c.cached_tokens >= 16) == (turn == 1) for c in completions)
+    finally:
+        for session in sessions:
+            session.close()
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["router", "direct"])
+def test_samples_of_a_prompt_share_a_cache(
+    replicas: AsyncSGLang, tokenizer: Any, direct: bool
+) -> None:
+    """One worker alone computes a prompt, and once; the next prompt goes to the other."""
+    request = GenerateRequest(
+        input_ids=range(100 + direct, 148 + direct),
+        sampling=SAMPLING.updated({"n": 8, "top_k": 20, "temperature": 3.0}),
+        returns=Returns(sampling_mask=direct),
+    )
+    assert passes_router(request.bodies(seeded=False)) is not direct
+    completions, shares = done_by(replicas, lambda: replicas.complete([request]))
+    assert sorted(share["generated"] for share in shares) == [0, 64]
+    cached = sorted(c.cached_tokens for c in completions)
+    assert cached[1:] == [47] * 7  # all but the last token, which a first token is sampled from
+    assert len({tuple(c.output_ids) for c in completions}) > 1
+
+    many = [
+        GenerateRequest(
+            input_ids=ids, sampling=request.sampling, returns=request.returns
+        )
+        for ids in prompts_of(16, first=440 + direct)
+    ]  # fmt: skip
+    _, shares = done_by(replicas, lambda: replicas.complete(many))
+    assert [share["generated"] for share in shares] == [8 * 8 * 8] * 2
+
+
+def test_the_policy_spreads_and_keeps_samples_together(
+    replicas: AsyncSGLang, tokenizer: Any
+) -> None:
+    from test_policy import make_input
+
+    policy = SGLangWrapper(
+        replicas,
+        num_samples=8,
+        inplace=False,
+        generate_kwargs={"max_new_tokens": 8, "ignore_eos": True},
+        extras=["cached_tokens"],
+    )
+    td = make_input("history", (6,), tokenizer)
+    out, shares = done_by(replicas, lambda: policy(td))
+    assert out.batch_size == (6, 8)
+    assert [share["generated"] for share in shares] == [6 * 8 * 8 // 2] * 2
+    cached = out["rollout", "cached_tokens"]
+    lengths = [len(row["tokens"].prompt) for row in out[:, 0].unbind(0)]
+    for row, length in zip(cached.tolist(), lengths, strict=True):
+        assert sorted(row)[1:] == [length - 1] * 7
