@@ -594,21 +594,50 @@ def test_a_loop_of_ones_own_in_text(service: AsyncSGLang, tokenizer: Any) -> Non
         texts = [row["text"].full for row in out.unbind(0)]
 
 
+def test_an_eos_that_the_user_writes_again(service: AsyncSGLang, tokenizer: Any) -> None:
+    """Left out of the text, it is in the tokens all the same: once is enough."""
+    policy = SGLangWrapper(
+        service,
+        input_mode="text",
+        tokenizer=tokenizer,
+        generate_kwargs={"regex": "hm", "max_new_tokens": 20, "no_stop_trim": False},
+    )
+    td = policy(TensorDict(text=Text(prompt=["hello", "no"], batch_size=2), batch_size=2))
+    full = [row["tokens"].full.tolist() for row in td.unbind(0)]
+    assert [ids[-1] for ids in full] == [tokenizer.eos_token_id] * 2
+    texts = td["text"].full
+    assert texts == ["hellohm", "nohm"]
+    td["text"] = Text(prompt=[text + "<|im_end|>\nand?" for text in texts], batch_size=2)
+    for row, tokens in zip(policy(td).unbind(0), full, strict=True):
+        assert split(row)[0] == [*tokens, *tokenizer("\nand?")["input_ids"]]
+
+
 @LAYOUTS
+@pytest.mark.parametrize("mode", ["history", "text"])
 def test_another_dialog_in_the_same_tensordict(
-    service: AsyncSGLang, tokenizer: Any, pad_output: bool
+    service: AsyncSGLang, tokenizer: Any, mode: str, pad_output: bool
 ) -> None:
     """What is left of the dialog before does not leak into one that begins anew."""
     policy = SGLangWrapper(
-        service, tokenizer=tokenizer, generate_kwargs=SAMPLING, pad_output=pad_output
+        service,
+        input_mode=mode,
+        tokenizer=tokenizer,
+        generate_kwargs=SAMPLING,
+        pad_output=pad_output,
     )
-    td = policy(chats([{"role": "user", "content": "hello"}], [{"role": "user", "content": "no"}]))
-    td["history"].prompt = History.from_chats(
-        [[{"role": "user", "content": "another"}], [{"role": "user", "content": "one"}]]
-    )
+
+    def asked(*questions: str) -> TensorDict:
+        if mode == "history":
+            return chats(*[[{"role": "user", "content": q}] for q in questions])
+        return lazy_stack(
+            [TensorDict(text=Text(prompt=q, batch_size=()), batch_size=()) for q in questions]
+        )
+
+    td = policy(asked("hello", "no"))
+    td[mode] = asked("another", "one")[mode]
     for row, what in zip(policy(td).unbind(0), ("another", "one"), strict=True):
         prompt = f"<|im_start|>user\n{what}<|im_end|>\n<|im_start|>assistant\n"
-        assert split(row)[0] == tokenizer(prompt)["input_ids"]
+        assert split(row)[0] == tokenizer(prompt if mode == "history" else what)["input_ids"]
 
 
 def test_masks_of_the_dialog_before_do_not_cut_a_prompt(

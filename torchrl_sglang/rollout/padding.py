@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 
 from ..errors import InputError
 
 
 def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
     """One 1-D tensor per row; None where the key is missing."""
-    if isinstance(td, LazyStackedTensorDict):
-        stacked: list[torch.Tensor] | None = td.get(key, None, as_list=True)
-        return None if stacked is None or stacked[0] is None else stacked
-    value = td.get(key, None)
+    value = td.get(key, None, as_list=True)  # a list where rows are stacked lazily, at any depth
+    if isinstance(value, list):
+        return None if value[0] is None else value
     return None if value is None else list(value.unbind(0))
 
 
