@@ -135,8 +135,8 @@ def test_the_prompt_is_tokenised_once(service: AsyncSGLang, tokenizer: Any) -> N
     seen: list[Any] = []
     complete = service.complete
 
-    def record(batch: Any) -> Any:
-        completions = complete(batch)
+    def record(batch: Any, *others: Any) -> Any:
+        completions = complete(batch, *others)
         seen.extend(zip(batch, completions, strict=True))
         return completions
 

@@ -19,7 +19,7 @@ SEED = 20_261_121
 def probe_ids(vocab_size: int) -> list[int]:
     """The prompt: ids drawn from the whole vocabulary, the same each time."""
     generator = torch.Generator().manual_seed(SEED)
-    ids: list[int] = torch.randint(vocab_size, (NUM_TOKENS,), generator=generator).tolist()
+    ids: list[int] = torch.randint(vocab_size - 1, (NUM_TOKENS,), generator=generator).tolist()
     return ids
 
 
