@@ -408,16 +408,16 @@ def test_several_samples(normalize: Normalize, form: str, count: int, request: A
 
 def test_the_router_passes_media_on(proxy: FaultProxy, service: AsyncSGLang) -> None:
     """In both shapes: those of one prompt, and those of several prompts."""
-    ports = [PortReservation() for _ in range(2)]
-    argv = router_argv(
-        RouterConfig(),
-        python=sys.executable,
-        port=ports[0].port,
-        prometheus_port=ports[1].port,
-        worker_urls=[proxy.url],
-        api_key=service.api_key,
-    )
-    url = f"http://127.0.0.1:{ports[0].port}/generate"
+    with PortReservation() as own, PortReservation() as metrics:
+        argv = router_argv(
+            RouterConfig(),
+            python=sys.executable,
+            port=own.port,
+            prometheus_port=metrics.port,
+            worker_urls=[proxy.url],
+            api_key=service.api_key,
+        )
+    url = f"http://127.0.0.1:{own.port}/generate"
     key = {"Authorization": f"Bearer {service.api_key}"}
     flat = {"image_data": ["a", "b"], "video_data": ["v"], "audio_data": ["s"]}
     nested = {name: [names] for name, names in flat.items()}
@@ -434,7 +434,7 @@ def test_the_router_passes_media_on(proxy: FaultProxy, service: AsyncSGLang) -> 
                 )
                 assert {name: arrived.get(name) for name in media} == media
         finally:
-            router.terminate()
+            router.kill()
 
 
 def wait_for(url: str) -> None:

@@ -386,6 +386,14 @@ def test_a_row_that_asks_for_another_distribution_is_refused(
     assert "log_probs" in policy(td)
 
 
+def test_an_adapter_of_a_row_is_scored_with(service: AsyncSGLang) -> None:
+    """This server has none, and says so, instead of scoring without it."""
+    td = make_input("tokens")
+    td[2].set("sampling", TensorDict({}).set_non_tensor("lora", "mine"))
+    with pytest.raises(UnsupportedOptionError, match="enable_lora"):
+        SGLangWrapper(service, input_mode="tokens", generate=False)(td)
+
+
 def test_limits_of_generation_mean_nothing_here(service: AsyncSGLang) -> None:
     """TorchRL's own wrappers are given ``max_new_tokens`` for both."""
     policy = SGLangWrapper(
