@@ -213,21 +213,28 @@ def test_however_the_prompts_are_padded(
     """With the masks of a `Masks`, with a plain mask, or with pads at the ends alone."""
     _, _, prompts = batch
     pad = tokenizer.pad_token_id
+    if how != "tokens":  # a mask tells pads that are meant from those that fill
+        prompts = [[pad, *prompt, pad] for prompt in prompts]
     width = max(len(prompt) for prompt in prompts) + extra
-    rows, masks = [], []
+    rows, masks, plain = [], [], []
     for prompt in prompts:
         missing = width - len(prompt)
         before = {"left": missing, "right": 0, "both": missing // 2}[side]
         rows.append([pad] * before + prompt + [pad] * (missing - before))
         masks.append([0] * before + [1] * len(prompt) + [0] * (missing - before))
+        ones = torch.ones(len(prompt), dtype=torch.bool)
+        plain.append(one_row("tokens", prompt).set("attention_mask", ones))
     mask = torch.tensor(masks, dtype=torch.bool)
     td = TensorDict(tokens=Tokens(prompt=torch.tensor(rows), batch_size=4), batch_size=4)
     if how == "history":
         td["masks"] = Masks(all_attention_mask=mask, batch_size=4)
     elif how == "text":
         td["attention_mask"] = mask
-    plain = rows_of(run(service, batch_of("tokens", (4,), prompts), "tokens"))
-    for one, other in zip(plain, rows_of(run(service, td, "tokens")), strict=True):
+    expected = rows_of(run(service, lazy_stack(plain), "tokens"))
+    for prompt, one, other in zip(
+        prompts, expected, rows_of(run(service, td, "tokens")), strict=True
+    ):
+        assert one["tokens"].prompt.tolist() == prompt
         assert_same(result(one), result(other))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs
+from servers import hf_log_probs, needs, perturb
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -23,6 +23,7 @@ from torchrl_sglang import (
     GenerateRequest,
     SamplingParams,
     Session,
+    SGLangWeightSyncScheme,
     SGLangWrapper,
     Timeouts,
 )
@@ -99,6 +100,21 @@ def test_it_goes_on_as_the_whole_prompt_would(service: AsyncSGLang) -> None:
         assert turn(service, session, [8, 9], sampling=greedy).output_ids == (
             service.generate(prompt, greedy).output_ids
         )
+
+
+def test_it_goes_on_under_new_weights(
+    service: AsyncSGLang, model: Any, connected: Callable[..., SGLangWeightSyncScheme]
+) -> None:
+    """What the server holds are tokens: nothing that old weights computed is used again."""
+    scheme = connected()
+    with service.open_session() as session:
+        turn(service, session, list(range(100, 140)))
+        scheme.send(perturb(model, seed=31))
+        prompt = [*session.tokens, 8, 9]
+        completion = turn(service, session, [8, 9])
+        assert completion.cached_tokens == 0
+        scores = hf_log_probs(model, prompt, completion.output_ids)
+        assert completion.log_probs == pytest.approx(scores, abs=0.02)
 
 
 @pytest.mark.parametrize("ending", ["stop string", "stop token", "length"])
