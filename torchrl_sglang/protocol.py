@@ -204,6 +204,9 @@ class GenerateRequest:
                 body["sampling_params"]["sampling_seed"] = self.seeds()[0]
             return body
         if not (seeded or self.returns.sampling_mask):
+            for name in ("image_data", "video_data", "audio_data"):
+                if name in body:  # else SGLang takes them for those of several prompts
+                    body[name] = [body[name]]
             return body
         for name in _PER_REQUEST & body.keys():
             body[name] = [body[name]] * count

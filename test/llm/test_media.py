@@ -386,11 +386,8 @@ def test_not_scored(seeing: Recorder) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("form", ["own n", "batch"])
-def test_several_samples(normalize: Normalize, form: str, count: int, request: Any) -> None:
+def test_several_samples(normalize: Normalize, form: str, count: int) -> None:
     """Every sample sees all images of its prompt, however the samples are asked for."""
-    if form == "own n" and count > 1:
-        reason = "GenerateRequest.bodies: SGLang takes the images for those of several prompts"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     media = {name: [f"{name}{i}" for i in range(count)] for name in ("image", "video", "audio")}
     asked = GenerateRequest(
         input_ids=[5, 6, 7],
