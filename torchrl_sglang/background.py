@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from typing import Any, Generic, TypeVar
 
@@ -40,6 +40,7 @@ class BackgroundLoop:
         try:
             return self.submit(call.run()).result()
         except CancelledError:
+            self._abandon(call)
             raise ServiceClosedError(
                 "the service was shut down while this call was waiting."
             ) from None
@@ -66,14 +67,18 @@ class BackgroundLoop:
             else:
                 self._loop.call_soon_threadsafe(call.abandon)
 
-    def close(self) -> None:
-        """Cancels what still runs and ends the thread; harmless twice."""
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Cancels what still runs and ends the thread; harmless twice.
+
+        Args:
+            last: runs when nothing else does any more, to close what the others used.
+        """
         with self._lock:
             if self._closing:
                 return
             self._closing = True
         with contextlib.suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(5.0)
+            asyncio.run_coroutine_threadsafe(_cancel_all(last), self._loop).result(5.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
         if not self._thread.is_alive():
@@ -103,8 +108,10 @@ class _Call(Generic[T]):
             self._task.cancel()
 
 
-async def _cancel_all() -> None:
+async def _cancel_all(last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    if last is not None:
+        await last()

@@ -84,7 +84,7 @@ class LocalResources:
             self._loop = self._data = self.fleet = None
             self._closed = True
         if loop is not None and data is not None:
-            loop.run(data.close())
-            loop.close()
+            # In this order: a request that is cancelled says so; one whose pool is gone does not.
+            loop.close(data.close)
         if fleet is not None:
             fleet.stop()

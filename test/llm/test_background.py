@@ -121,6 +121,28 @@ def test_closing_frees_callers_that_wait() -> None:
     assert threads_named("closing") == []
 
 
+def test_what_others_use_is_closed_after_they_have_ended() -> None:
+    loop = BackgroundLoop("test-shared")
+    events: list[str] = []
+
+    async def user() -> None:
+        try:
+            events.append("used")
+            await asyncio.sleep(60)
+        finally:
+            events.append("ended")
+
+    async def close_pool() -> None:
+        events.append("closed")
+
+    future = loop.submit(user())
+    while not events:
+        threading.Event().wait(0.001)
+    loop.close(close_pool)
+    assert future.cancelled()
+    assert events == ["used", "ended", "closed"]
+
+
 def test_closing_twice_leaves_no_thread() -> None:
     loop = BackgroundLoop("twice")
     loop.run(value(1))
