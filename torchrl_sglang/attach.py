@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 from .client import ControlClient
 from .config import Timeouts
 from .errors import ConnectError, NoWorkersError, RequestRefusedError, ServiceError
 from .info import WorkerInfo, parse_worker_info, parse_worker_urls
+from .vocabulary import QUESTION, configured_vocab_size, told_vocab_size
+
+# How long a server is waited for that answers only once it is not paused any more.
+PAUSED_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,15 @@ class Cluster:
     infos: tuple[WorkerInfo, ...]
     router_version: str | None = None
 
+    def without(self, url: str) -> Self:
+        """The cluster after one server has left."""
+        kept = [index for index, worker in enumerate(self.workers) if worker.url != url]
+        return replace(
+            self,
+            workers=tuple(self.workers[index] for index in kept),
+            infos=tuple(self.infos[index] for index in kept),
+        )
+
 
 def attach(url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
     """Asks a URL what it is, and every server behind it what it can do.
@@ -65,6 +80,15 @@ def attach(url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
     if len(models) > 1:
         raise ConnectError(f"the workers behind {url} serve different models: {sorted(models)}.")
     return Cluster(url=front.url, behind_router=behind_router, workers=workers, infos=infos)
+
+
+def remove_from_router(cluster: Cluster, url: str, keys: Credentials, timeouts: Timeouts) -> None:
+    """Asks the router to forget a server; one that it does not know is no error."""
+    router = _client(cluster.url, keys, timeouts)
+    with contextlib.suppress(ServiceError):  # its own checks find out, only later
+        for worker in router.get("/workers").get("workers", ()):
+            if str(worker.get("url", "")).rstrip("/") == url:
+                router.delete(f"/workers/{worker['id']}")
 
 
 def read_infos(workers: Sequence[ControlClient]) -> tuple[WorkerInfo, ...]:
@@ -105,7 +129,7 @@ def _worker_urls(front: ControlClient) -> list[str] | None:
 
 def _read_info(worker: ControlClient) -> WorkerInfo:
     try:
-        return parse_worker_info(
+        info = parse_worker_info(
             worker.url,
             server_info=_first_known(worker, "/server_info", "/get_server_info"),
             model_info=_first_known(worker, "/model_info", "/get_model_info"),
@@ -115,6 +139,19 @@ def _read_info(worker: ControlClient) -> WorkerInfo:
         raise
     except ServiceError as error:
         raise ConnectError(f"can't attach to {worker.url}: {error}") from error
+    return replace(info, vocab_size=_vocab_size(worker, info.model_path))
+
+
+def _vocab_size(worker: ControlClient, model_path: str) -> int | None:
+    """Asks a server; where it does not say, the model's folder, if it is on this machine."""
+    size = None
+    try:
+        worker.post("/generate", QUESTION, timeout_s=PAUSED_S)
+    except RequestRefusedError as error:
+        size = told_vocab_size(error.body)
+    except ServiceError:
+        pass  # what answered until now may be paused
+    return size or configured_vocab_size(Path(model_path) / "config.json")
 
 
 def _first_known(worker: ControlClient, path: str, old_path: str) -> dict[str, object]:

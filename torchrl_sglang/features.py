@@ -58,6 +58,8 @@ class Features:
             (request.session is not None, self.sessions, SESSIONS),
             (media is not None and bool(media.images or media.videos), self.images, IMAGES),
             (media is not None and bool(media.audios), self.audio, AUDIO),
+            (media is not None and returns.input_log_probs, False, MEDIA_LOG_PROBS),
+            (media is not None and returns.routed_experts, False, MEDIA_EXPERTS),
         ):
             if asked and not offered:
                 raise UnsupportedOptionError(what)
@@ -125,6 +127,15 @@ LORA = (
 SESSIONS = "a session is given, but the servers hold none: they have no /open_session route."
 IMAGES = "images or videos are given, but the model that is served reads text only."
 AUDIO = "audio is given, but the model that is served does not hear."
+MEDIA_LOG_PROBS = (
+    "input_log_probs are asked for with images, videos or audio: SGLang puts tokens of its own in "
+    "the places of their placeholders, so the log-probs would not belong to the prompt's ids. "
+    "Leave one of the two out, or score with the trainer's model."
+)
+MEDIA_EXPERTS = (
+    "routed experts are asked for with images, videos or audio: SGLang puts tokens of its own in "
+    "the places of their placeholders, so the experts would not belong to the prompt's ids."
+)
 
 
 def parse_features(

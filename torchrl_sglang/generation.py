@@ -64,7 +64,7 @@ class GeneratingModel(ServedModel):
             ``n`` samples, a list in which those of one prompt follow each other.
 
         Raises:
-            InputError: an empty batch, an empty prompt, or one longer than the context.
+            InputError: an empty batch or prompt, one too long, or ids outside of the vocabulary.
             UnsupportedOptionError: an option that the servers can't serve.
             ServiceBrokenError: the last weight push failed.
             ServiceError: refused, failed, timed out, or an answer that must not be trained on.
@@ -239,13 +239,13 @@ class GeneratingModel(ServedModel):
         """Raises for requests that the servers can't serve, before anything is sent.
 
         Raises:
-            InputError: an empty batch, or a prompt longer than the context.
+            InputError: an empty batch, or a prompt too long or with ids outside of the vocabulary.
             UnsupportedOptionError: an option that the servers can't serve.
         """
         if not batch:
             raise EmptyBatchError("the batch has no prompt.")
         infos = self.cluster.infos
-        infos[0].check_prompt_lengths(batch)
+        infos[0].check(batch)
         for features in {info.features for info in infos}:
             for request in batch:
                 features.check(request)

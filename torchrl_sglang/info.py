@@ -10,6 +10,7 @@ from .completions import INITIAL_VERSION
 from .errors import ConnectError, PromptTooLongError
 from .features import Features, parse_features
 from .protocol import GenerateRequest
+from .vocabulary import check_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class WorkerInfo:
         version: SGLang's version.
         capabilities: what it can do for weight updates.
         features: what it can do for generation.
+        vocab_size: ids in its vocabulary; None where nothing tells.
     """
 
     url: str
@@ -83,6 +85,17 @@ class WorkerInfo:
     version: str
     capabilities: Capabilities
     features: Features = field(default_factory=Features)
+    vocab_size: int | None = None
+
+    def check(self, batch: Sequence[GenerateRequest]) -> None:
+        """Raises for what the server would refuse, or end at; see `check_ids` for its vocabulary.
+
+        Raises:
+            PromptTooLongError: a prompt that does not fit.
+            InputError, UnsupportedOptionError: ids outside of the vocabulary.
+        """
+        self.check_prompt_lengths(batch)
+        check_ids(batch, self.vocab_size)
 
     def check_prompt_lengths(self, batch: Sequence[GenerateRequest]) -> None:
         """Raises `PromptTooLongError` for a prompt that the server would refuse."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs, perturb
+from servers import hf_log_probs, needs, needs_version_spans, perturb
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -534,6 +534,40 @@ def test_rows_that_ended_stay_as_they_are(
     assert len(split(rows_of(resumed)[1])[1]) == done + 3
 
 
+@pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
+def test_rows_that_ended_keep_what_was_said_of_them(service: AsyncSGLang, pad_output: bool) -> None:
+    """Also what the policy that goes on would not say, and what somebody else wrote there."""
+    policy = SGLangWrapper(
+        service,
+        input_mode="tokens",
+        generate_kwargs=SAMPLING,
+        pad_output=pad_output,
+        partial_rollouts=True,
+        extras={"request_id": True, "cached_tokens": True, "latency": True, "top_log_probs": 2},
+    )
+    td = make_input("tokens").set("sampling", lengths_per_row(1900, 5, 1900, 12))
+    out = aborted(policy, td, service, 2)
+    assert reasons(out) == ["abort", "length", "abort", "length"]
+    for row in rows_of(out):
+        row["rollout"].set("reward", torch.tensor(0.5))
+    old = [row["rollout"].clone() for row in rows_of(out)]
+    longest = max(len(split(row)[1]) for row in rows_of(out))
+    out.set("sampling", lengths_per_row(longest + 3, 5, longest + 3, 12))
+    resumed = rows_of(policy.get_new_version(extras=()).resume(out))
+    for index in (1, 3):
+        said = resumed[index]["rollout"]
+        assert set(said.keys()) == set(old[index].keys())
+        assert said["request_id"] == old[index]["request_id"]
+        for name in ("cached_tokens", "latency_s", "reward", "top_log_probs", "top_token_ids"):
+            assert torch.equal(said[name], old[index][name])
+    for index in (0, 2):
+        assert set(resumed[index]["rollout"].keys()) == {
+            "finish_reason",
+            "weight_version",
+            "policy_version",
+        }
+
+
 def test_aborted_twice(service: AsyncSGLang, model: Any) -> None:
     policy = SGLangWrapper(
         service, input_mode="tokens", generate_kwargs=SAMPLING, partial_rollouts=True
@@ -828,6 +862,7 @@ def test_a_push_in_mid_generation_gives_two_versions_in_one_row(
     service: AsyncSGLang, model: Any, connected: Connect
 ) -> None:
     """No row is aborted: they go on under the new weights, and every token says whose it is."""
+    needs_version_spans(service)
     scheme = connected()
     policy = SGLangWrapper(
         service,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from behaviour import chosen, full_log_probs, hf_logits
-from servers import CPU_SERVER_ARGS, hf_log_probs, needs
+from servers import hf_log_probs, needs
 from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -21,7 +20,6 @@ from torchrl_sglang import (
     Completion,
     GenerateRequest,
     SGLangWrapper,
-    Timeouts,
 )
 from torchrl_sglang.completions import VersionSpan
 from torchrl_sglang.errors import ConfigError, UnsupportedOptionError
@@ -265,26 +263,14 @@ def test_all_that_the_shared_server_has_at_once(service: AsyncSGLang, tokenizer:
         )
 
 
-@pytest.fixture(scope="module")
-def with_hidden_states(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
-    with AsyncSGLang.from_pretrained(
-        str(model_path),
-        device="cpu",
-        timeouts=timeouts,
-        enable_return_hidden_states=True,
-        **CPU_SERVER_ARGS,
-    ) as service:
-        yield service
-
-
 @pytest.mark.parametrize("num_samples", [None, 2], ids=["one", "two samples"])
 @pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
 def test_hidden_states(
-    with_hidden_states: AsyncSGLang, model: Any, pad_output: bool, num_samples: int | None
+    special_service: AsyncSGLang, model: Any, pad_output: bool, num_samples: int | None
 ) -> None:
     """What each token was sampled from, also where the prompt's prefix was cached."""
     policy = make_policy(
-        with_hidden_states,
+        special_service,
         extras=["hidden_states", "cached_tokens"],
         pad_output=pad_output,
         num_samples=num_samples,

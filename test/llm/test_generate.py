@@ -311,10 +311,13 @@ def test_4xx_is_never_retried(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
     assert [path for path, _ in proxy.seen].count("/generate") == 1
 
 
-def test_5xx_that_stays_is_raised(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
+def test_5xx_that_stays_is_raised(service: AsyncSGLang, proxy: FaultProxy) -> None:
     proxy.faults["/generate"] = Fault(status=500)
-    with pytest.raises(ServerFailedError, match="injected fault"):
-        proxied.generate([[5, 6], [7, 8]], {"max_new_tokens": 2})
+    impatient = AsyncSGLang.connect(
+        proxy.url, api_key=service._keys.api_key, timeouts=Timeouts(retry_s=2.0)
+    )
+    with impatient, pytest.raises(ServerFailedError, match="injected fault"):
+        impatient.generate([[5, 6], [7, 8]], {"max_new_tokens": 2})
 
 
 def test_no_answer_in_time(service: AsyncSGLang, proxy: FaultProxy, timeouts: Timeouts) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
 from lora_files import ATTENTION, MLP, merge_adapter, random_adapter
-from servers import CPU_SERVER_ARGS, hf_log_probs, perturb, worst_error
+from servers import hf_log_probs, perturb, worst_error
 from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import (
@@ -21,7 +21,6 @@ from torchrl_sglang import (
     GenerateRequest,
     SamplingParams,
     SGLangWeightSyncScheme,
-    Timeouts,
     adapters,
 )
 from torchrl_sglang.adapters import Adapters
@@ -57,19 +56,9 @@ def folders(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     }
 
 
-@pytest.fixture(scope="module")
-def lora_service(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
-    """A server with LoRA, started as a user would: the backend is the library's own choice."""
-    with AsyncSGLang.from_pretrained(
-        str(model_path),
-        device="cpu",
-        timeouts=timeouts,
-        enable_lora=True,
-        max_lora_rank=16,
-        lora_target_modules=[*ATTENTION, *MLP],
-        **CPU_SERVER_ARGS,
-    ) as running:
-        yield running
+@pytest.fixture
+def lora_service(special_service: AsyncSGLang) -> AsyncSGLang:
+    return special_service
 
 
 @pytest.fixture

@@ -483,3 +483,18 @@ def test_a_model_that_sees_but_does_not_hear(model_path: Any) -> None:
     policy_of(seeing)(chats([{"type": "video", "video": "v"}]))
     with pytest.raises(ConfigError, match="does not hear"):
         policy_of(seeing)(chats([{"type": "audio", "audio": "s"}]))
+
+
+@pytest.mark.parametrize("extra", ["input_log_probs", "routed_experts"])
+@pytest.mark.parametrize("place", ["chat", "row"])
+def test_what_would_not_line_up_with_the_prompt(model_path: Any, extra: str, place: str) -> None:
+    """SGLang speaks of the expanded prompt, which has more tokens than ids were sent."""
+    seeing = Recorder(model_path, routed_experts=True)
+    td, mode = chats([{"type": "image", "image": "a.png"}, said("what?")]), "history"
+    if place == "row":
+        td, mode = texts("<image> a"), "text"
+        td["sampling"] = lazy_stack([TensorDict(images=NonTensorData("a.png"))])
+    words = extra.removeprefix("routed_").replace("experts", "routed experts")
+    with pytest.raises(UnsupportedOptionError, match=f"{words} are asked for with images"):
+        policy_of(seeing, input_mode=mode, extras=[extra])(td)
+    policy_of(seeing, input_mode=mode)(td)

@@ -345,10 +345,21 @@ def check_sent(sent: list[list[tuple[list[int], list[int]]]], tokenizer: Any) ->
         {"max_new_tokens": 60, "logit_bias": 5.0},
         {"max_new_tokens": 60, "stop": ["e", "<"]},
         {"max_new_tokens": 60, "stop": ["e"], "no_stop_trim": False},
+        {"max_new_tokens": 30, "logit_bias": 5.0, "stop": ["e"], "no_stop_trim": False},
+        {"max_new_tokens": 30, "logit_bias": 5.0, "stop": ["end"], "no_stop_trim": True},
         {"max_new_tokens": 30, "logit_bias": 5.0, "no_stop_trim": False},
         {"max_new_tokens": 30, "logit_bias": 5.0, "skip_special_tokens": True},
     ],
-    ids=["length", "eos", "stop", "stop left out", "eos left out", "specials left out"],
+    ids=[
+        "length",
+        "eos",
+        "stop",
+        "stop left out",
+        "stop in eos left out",
+        "stop in eos",
+        "eos left out",
+        "specials left out",
+    ],
 )
 def test_every_ending(
     service: AsyncSGLang, tokenizer: Any, options: dict[str, Any], mode: str

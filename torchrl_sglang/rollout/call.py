@@ -137,8 +137,7 @@ class Call:
             chat: Hashable
             if prompts.chats is not None and prompts.texts is not None:
                 written = content(text, completion, tokenizer)
-                ending = ending if text == written + ending else ""
-                whole = prompts.texts[row] + written + ending
+                whole = prompts.texts[row] + written + (ending if text == written + ending else "")
                 answer = {"role": "assistant", "content": written}
                 chat = chat_key([*prompts.chats[row], answer])
             elif texts:

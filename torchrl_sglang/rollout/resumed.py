@@ -86,6 +86,7 @@ class ResumedCall(Call):
         ):
             if part.finish_type != "abort":
                 self._keep_text(row, before)
+                self._keep_info(row, before)
         return unflattened(out, self._batch_size, None)
 
     def _keep_text(self, row: TensorDictBase, before: TensorDictBase) -> None:
@@ -94,6 +95,16 @@ class ResumedCall(Call):
             value = None if key is None else before.get(key, None)
             if key is not None and value is not None:
                 row.set(key, value)
+
+    def _keep_info(self, row: TensorDictBase, before: TensorDictBase) -> None:
+        """What the call before said of a row, and this wrapper would not: extras of its own."""
+        key = self._settled.info.key
+        old = None if key is None else before.get(key, None)
+        if key is None or old is None:
+            return
+        new = row.get(key)
+        for name in set(old.keys()) - set(new.keys()):
+            new.set(name, old.get(name))
 
 
 def _read_parts(flat: TensorDictBase, settled: Settled) -> tuple[list[list[int]], list[Completion]]:

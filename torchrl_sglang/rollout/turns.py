@@ -29,7 +29,8 @@ class Turn:
 
     Attributes:
         ids: the prompt's and the sampled tokens.
-        text: the prompt and the answer as the text of a next prompt is likely to begin.
+        text: the prompt and the answer as the text of a next prompt is likely to begin, with or
+            without the ending.
         ending: the last token as text where it is a special one, such as EOS, else empty.
         chat: what identifies the chat that it ended, see `chat_key`; the text where there is none.
     """
@@ -144,6 +145,8 @@ def continued(
     """
     if prompt_text.startswith(turn.text):
         rest = prompt_text[len(turn.text) :]
+        if not turn.text.endswith(turn.ending):  # a stop string in its very text cut it
+            rest = rest.removeprefix(turn.ending)
     else:
         written = _after_answer(messages, answer, render)
         if written is None:  # the template leaves the answer out
