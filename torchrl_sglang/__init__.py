@@ -22,6 +22,8 @@ from .service import AsyncSGLang, make_sglang_server
 from .sessions import Session
 from .weights.result import PushResult
 from .weights.scheme import SGLangWeightSyncScheme
+from .weights.sender import SGLangWeightReceiver, SGLangWeightSender, get_model_metadata
+from .weights.sharded import assist_push
 
 __all__ = [
     "Adapters",
@@ -36,6 +38,8 @@ __all__ = [
     "RLSGLangEngine",
     "Returns",
     "RouterConfig",
+    "SGLangWeightReceiver",
+    "SGLangWeightSender",
     "SGLangWeightSyncScheme",
     "SGLangWrapper",
     "SamplingParams",
@@ -46,9 +50,11 @@ __all__ = [
     "VersionSpan",
     "WeightSyncConfig",
     "allowed_tokens",
+    "assist_push",
     "combined",
     "continuation",
     "disallowed_tokens",
+    "get_model_metadata",
     "joined",
     "make_sglang_server",
     "mismatch",

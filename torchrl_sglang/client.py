@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -150,11 +151,25 @@ class ControlClient:
         """
         return self._send("POST", path, body or {}, timeout_s or self._timeouts.control_s)
 
+    def delete(self, path: str, *, timeout_s: float | None = None) -> Any:
+        """DELETEs; errors as in `post`."""
+        return self._send("DELETE", path, None, timeout_s or self._timeouts.control_s)
+
     def answers(self, path: str) -> bool:
         """Whether a GET of ``path`` gives 200 right now."""
         try:
             self.get(path, timeout_s=self._timeouts.connect_s)
         except ServiceError:
+            return False
+        return True
+
+    def listens(self, timeout_s: float) -> bool:
+        """Whether anything takes connections at the server's address."""
+        parts = urlsplit(self.url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection((str(parts.hostname), port), timeout_s).close()
+        except OSError:
             return False
         return True
 

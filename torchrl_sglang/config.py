@@ -10,8 +10,12 @@ from .errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
 RouterPolicy = Literal["round_robin", "random", "cache_aware", "power_of_two"]
-PauseMode = Literal["retract", "abort"]
-VerifyMethod = Literal["auto", "checksum", "probe", "never"]
+PauseMode = Literal["retract", "in_place", "abort"]
+SyncMethod = Literal["auto", "broadcast"]
+SyncLayout = Literal["auto", "flattened", "tensors"]
+Verify = Literal["always", "first", "never"]
+VerifyMethod = Literal["auto", "checksum", "probe"]
+LostEngines = Literal["raise", "drop"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -136,7 +140,8 @@ class Timeouts:
         control_s: one control request (pause, flush, begin, end, version, continue).
         request_s: one ``generate`` call, retries included.
         retry_s: how long a request that met a broken connection or a 5xx answer is tried again.
-        group_s: the collective's rendezvous, and the first broadcast after it.
+        group_s: the collective's rendezvous.
+        probe_s: the first broadcast after it, in which NCCL connects.
         transfer_s: one bucket, from its announcement until the servers have loaded it.
     """
 
@@ -147,6 +152,7 @@ class Timeouts:
     request_s: float = 1800.0
     retry_s: float = 30.0
     group_s: float = 60.0
+    probe_s: float = 10.0
     transfer_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -162,36 +168,71 @@ class WeightSyncConfig:
     """How weights are pushed.
 
     Attributes:
+        method: ``"broadcast"`` sends over a collective; ``"auto"`` picks.
         pause_mode: what happens to requests in flight: ``"retract"`` requeues them, so that they
-            go on under the new weights; ``"abort"`` ends them.
+            go on under the new weights, their prompt and what they have computed anew; in
+            ``"in_place"`` they freeze and go on with what they have; ``"abort"`` ends them.
         bucket_bytes: most bytes in one broadcast; the server holds one bucket per rank.
+        layout: ``"flattened"`` copies a bucket into one tensor, ``"tensors"`` sends each from where
+            it is; ``"auto"`` takes the second where tensors are large and need no copy.
+        verify: ``"always"`` proves after each push that the servers hold what was sent, ``"first"``
+            after the first one over a connection and after each repair, ``"never"`` trusts the
+            servers' answers.
         verify_method: ``"checksum"`` compares the servers' own hashes of their weights with
             ours, ``"probe"`` scores a prompt on every server and compares with the trainer's
-            model, ``"auto"`` takes the checksum where server and layout allow it,
-            ``"never"`` trusts the servers' answers.
+            model, ``"auto"`` takes the checksum where server and layout allow it.
         probe_tolerance: largest difference of a log-prob that the probe accepts.
         flush_cache: empty the servers' prefix caches while they are paused, so that no request
-            of any client, salted or not, meets a prefix computed by old weights.
+            of any client, salted or not, meets a prefix computed by old weights. None: do so,
+            except in ``"in_place"``, where servers refuse it and salts alone keep versions apart.
+        check_finite: refuse weights with NaN or infinity, before anything is paused.
+        lost_engines: what to do when one of several servers dies in a push: ``"raise"``, or
+            ``"drop"`` it, report it, and push to the others.
+        non_blocking: a push returns once it has its own copy of the weights; the next one, and
+            ``wait()``, wait for its end.
     """
 
+    method: SyncMethod = "auto"
     pause_mode: PauseMode = "retract"
-    bucket_bytes: int = 1 << 30
+    bucket_bytes: int = 2 << 30
+    layout: SyncLayout = "auto"
+    verify: Verify = "always"
     verify_method: VerifyMethod = "auto"
     probe_tolerance: float = 0.05
-    flush_cache: bool = True
+    flush_cache: bool | None = None
+    check_finite: bool = False
+    lost_engines: LostEngines = "raise"
+    non_blocking: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            self.pause_mode in ("retract", "abort"),
-            f"pause_mode must be 'retract' or 'abort', got {self.pause_mode!r}.",
-        )
+        for name, choices in _CHOICES.items():
+            value, known = getattr(self, name), get_args(choices)
+            _require(value in known, f"{name} must be one of {known}, got {value!r}.")
         _require(
             self.probe_tolerance >= 0,
             f"probe_tolerance must be a number >= 0, got {self.probe_tolerance!r}.",
         )
-        _require(self.bucket_bytes >= 1, f"bucket_bytes must be >= 1, got {self.bucket_bytes!r}.")
         _require(
-            self.verify_method in ("auto", "checksum", "probe", "never"),
-            f"verify_method must be 'auto', 'checksum', 'probe' or 'never', "
-            f"got {self.verify_method!r}.",
+            is_count(self.bucket_bytes),
+            f"bucket_bytes must be an integer >= 1, got {self.bucket_bytes!r}.",
         )
+        _require(
+            not (self.pause_mode == "in_place" and self.flush_cache),
+            "flush_cache=True with pause_mode='in_place': servers don't flush while requests are "
+            "frozen; leave flush_cache out, or use pause_mode='retract'.",
+        )
+
+    @property
+    def flushes(self) -> bool:
+        """Whether prefix caches are emptied."""
+        return self.pause_mode != "in_place" if self.flush_cache is None else self.flush_cache
+
+
+_CHOICES = {
+    "method": SyncMethod,
+    "pause_mode": PauseMode,
+    "layout": SyncLayout,
+    "verify": Verify,
+    "verify_method": VerifyMethod,
+    "lost_engines": LostEngines,
+}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import abc
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .errors import NotConnectedError
+from .errors import NotConnectedError, WeightsError
 from .launch.ports import PortReservation
 
 if TYPE_CHECKING:
     import torch
 
-    from .weights.update import WeightPusher
+    from .weights.scheme import SGLangWeightSyncScheme
 
 
 class RLSGLangEngine(abc.ABC):
@@ -23,7 +23,7 @@ class RLSGLangEngine(abc.ABC):
     """
 
     _master_port: int | None = None
-    _pusher: WeightPusher | None = None
+    _pusher: SGLangWeightSyncScheme | None = None
 
     @property
     @abc.abstractmethod
@@ -81,36 +81,65 @@ class RLSGLangEngine(abc.ABC):
     ) -> None:
         """Joins this process and all ranks of all servers into one collective.
 
+        Leaves the one before, if there is one.
+
         Args:
             master_address: address at which the servers reach this process.
             master_port: port of the rendezvous; a free one by default.
-        """
-        from .weights.update import WeightPusher
 
-        self._pusher = WeightPusher(self, master_address=master_address, master_port=master_port)
-        self._pusher.connect()
+        Raises:
+            AlreadyConnectedError: an `SGLangWeightSyncScheme` is connected to this engine.
+            TopologyError: a server can't take part.
+            PushError: a server refused or did not come.
+        """
+        from .weights.scheme import SGLangWeightSyncScheme
+
+        self.close_weight_update_group()
+        engine: Any = self
+        scheme = SGLangWeightSyncScheme(
+            engine, master_address=master_address, master_port=master_port
+        )
+        scheme.connect_once()
+        self._pusher = scheme
+
+    def close_weight_update_group(self) -> None:
+        """Leaves the collective; harmless without one."""
+        if self._pusher is not None:
+            self._pusher.close()
+        self._pusher = None
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Pushes a whole model.
+        """Pushes a whole model, under the number that follows the servers'.
 
         Args:
-            weights: name and tensor of every parameter, in Hugging Face's names.
+            weights: name and tensor of every parameter, in Hugging Face's names; an iterator may
+                make them one by one, and is used up before anything is paused.
 
         Raises:
             NotConnectedError: before `init_weight_update_group`.
             WeightSyncError: as `SGLangWeightSyncScheme.send`.
         """
-        if self._pusher is None:
+        if self._pusher is None or not self._pusher.synchronized_on_sender:
             raise NotConnectedError("call init_weight_update_group() before update_weights().")
-        self._pusher.push(dict(iter_pairs(weights)))
+        self._pusher.push(named_once(weights))
 
 
-def iter_pairs(
-    weights: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pairs of a mapping or of an iterator."""
+def named_once(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What an iterator, or a mapping, names.
+
+    Raises:
+        WeightsError: a name comes twice, or something is no pair.
+    """
     items = getattr(weights, "items", None)
-    return iter(items() if items is not None else weights)
+    named: dict[str, torch.Tensor] = {}
+    for pair in items() if items is not None else weights:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise WeightsError(f"weights come as pairs of name and tensor, not {type(pair)}.")
+        name, tensor = pair
+        if name in named:
+            raise WeightsError(f"the weights name {name} twice.")
+        named[name] = tensor
+    return named
 
 
 def local_address(url: str) -> str:

@@ -28,16 +28,20 @@ Every error derives from `SGLangError`, and from the builtin that fits, so that 
     │   └── RequestAbortedError (RuntimeError)  the engine aborted the request
     └── WeightSyncError
         ├── WeightsError (ValueError)         wrong names, shapes or dtypes, found before any pause
+        ├── VersionError (ValueError)         a version that is not higher than the servers'
         ├── NotConnectedError (RuntimeError)  a push before ``connect``
+        ├── AlreadyConnectedError (RuntimeError) another weight sync pushes to this service
         ├── TopologyError (ValueError)        DP or PP, which a broadcast can't reach
         ├── PushError (RuntimeError)          a step failed on an engine; names engine, step, bucket
-        │   └── PushTimeoutError (TimeoutError)
+        │   ├── PushTimeoutError (TimeoutError)
+        │   └── EngineLostError (ConnectionError)  the engine's process is gone
         └── VerificationError (RuntimeError)  the servers don't hold what was sent
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 
 class SGLangError(Exception):
@@ -175,8 +179,16 @@ class WeightsError(WeightSyncError, ValueError):
     """Weights with a wrong name, shape or dtype; found before anything was paused."""
 
 
+class VersionError(WeightSyncError, ValueError):
+    """A version that is not higher than the servers'; found before anything was paused."""
+
+
 class NotConnectedError(WeightSyncError, RuntimeError):
     """A push before ``connect``, or without a model to take weights from."""
+
+
+class AlreadyConnectedError(WeightSyncError, RuntimeError):
+    """Another weight sync of this process pushes to the service: close that one first."""
 
 
 class TopologyError(WeightSyncError, ValueError):
@@ -210,6 +222,18 @@ class PushError(WeightSyncError, RuntimeError):
 
 class PushTimeoutError(PushError, TimeoutError):
     """A step of a push got no answer in time."""
+
+
+class EngineLostError(PushError, ConnectionError):
+    """An engine failed a push because it is gone: nothing listens at its address any more."""
+
+    @classmethod
+    def of(cls, error: PushError) -> Self:
+        """The same failure, of an engine that was found gone."""
+        said = f"the engine is gone: nothing listens there any more ({error.__cause__ or error})"
+        made = cls(said, step=error.step, engine=error.engine, bucket=error.bucket)
+        made.__cause__ = error
+        return made
 
 
 class VerificationError(WeightSyncError, RuntimeError):

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import enum
 import threading
+import weakref
+from typing import Any
 
-from .errors import RequestTimeoutError, ServiceBrokenError, ServiceClosedError
+from .errors import (
+    AlreadyConnectedError,
+    RequestTimeoutError,
+    ServiceBrokenError,
+    ServiceClosedError,
+)
 
 
 class ServiceState(enum.Enum):
@@ -34,6 +41,28 @@ class UpdateGate:
         self.state = ServiceState.SYNCED
         self.failure: BaseException | None = None
         self._changed = threading.Condition()
+        self._pusher: weakref.ref[Any] | None = None
+
+    def claim(self, pusher: Any) -> None:
+        """Makes ``pusher`` the only one that may change the weights, until it lets go or is gone.
+
+        Raises:
+            AlreadyConnectedError: another one is.
+        """
+        with self._changed:
+            first = self._pusher() if self._pusher is not None else None
+            if first is not None and first is not pusher:
+                raise AlreadyConnectedError(
+                    f"{first!r} is connected to this service already, and two would take turns in "
+                    "overwriting each other's weights: use that one, or close() it first."
+                )
+            self._pusher = weakref.ref(pusher)
+
+    def release(self, pusher: Any) -> None:
+        """Lets the next one claim the weights; harmless for one that has no claim."""
+        with self._changed:
+            if self._pusher is not None and self._pusher() is pusher:
+                self._pusher = None
 
     def wait_until_open(self, timeout_s: float) -> None:
         """Returns once the service is synced.

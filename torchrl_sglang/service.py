@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .adapters import Adapters
-from .attach import Cluster, Credentials
+from .attach import Cluster, Credentials, remove_from_router
 from .background import BackgroundLoop
 from .completions import INITIAL_VERSION
 from .config import RouterConfig, ServerConfig, Timeouts
@@ -19,6 +19,7 @@ from .data_client import DataClient
 from .gate import ServiceState, UpdateGate
 from .generation import GeneratingModel
 from .launch.fleet import FleetPlan
+from .live import remember
 from .local import LocalResources
 from .sessions import Sessions
 from .start import choose_device, plan_fleet, start_fleet
@@ -55,6 +56,7 @@ class AsyncSGLang(GeneratingModel):
         self._url = server_url
         self._set_local(LocalResources())
         self.cluster  # noqa: B018  # attaches now, so that a wrong URL raises here
+        remember(self)
 
     def _set_local(self, local: LocalResources) -> None:
         self._own = local
@@ -237,10 +239,23 @@ class AsyncSGLang(GeneratingModel):
         with self._local.lock:
             self._local.cluster = None
 
+    def drop_worker(self, url: str) -> None:
+        """Goes on without one of several servers: the router no longer sends to it either.
+
+        Args:
+            url: the server's URL, as in ``workers``.
+        """
+        with self._local.lock:
+            cluster = self.cluster
+            self._local.cluster = cluster.without(url)
+        if cluster.behind_router:
+            remove_from_router(cluster, url, self._keys, self.timeouts)
+
     # Life
 
     def shutdown(self) -> None:
         """Ends what this object started, and refuses further use; harmless twice."""
+        self.close_weight_update_group()
         self._local.close()
 
     def __enter__(self) -> Self:
@@ -260,6 +275,7 @@ class AsyncSGLang(GeneratingModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._url, self._keys, self.timeouts = state["url"], state["keys"], state["timeouts"]
         self._set_local(LocalResources())
+        remember(self)
 
     def __repr__(self) -> str:
         kind = "managed" if self._local.fleet else "external"

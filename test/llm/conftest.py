@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import FaultProxy
-from servers import CPU_SERVER_ARGS, make_peaked_model, ready_weights
+from servers import CPU_SERVER_ARGS, SPECIAL_SERVER_ARGS, make_peaked_model, ready_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts
@@ -45,6 +45,18 @@ def shared_service(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang
     """Started once for the whole run; tests take `service`, which sees to its weights."""
     with AsyncSGLang.from_pretrained(
         str(model_path), device="cpu", timeouts=timeouts, **CPU_SERVER_ARGS
+    ) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def special_service(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
+    """As above, with LoRA, logit processors and hidden states; no adapter is loaded between tests.
+
+    The LoRA backend is the library's own choice.
+    """
+    with AsyncSGLang.from_pretrained(
+        str(model_path), device="cpu", timeouts=timeouts, **SPECIAL_SERVER_ARGS
     ) as service:
         yield service
 
@@ -84,6 +96,7 @@ def proxied(
     with AsyncSGLang.connect(
         proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
     ) as external:
+        proxy.seen.clear()  # of what was asked to attach
         yield external
 
 

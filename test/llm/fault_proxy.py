@@ -25,7 +25,9 @@ class Fault:
         body: what to say then.
         delay_s: wait before anything else.
         cut: close the connection without an answer.
+        lose: pass the request on, and close the connection instead of answering.
         garble: change the server's answer.
+        after: how many requests it lets pass first.
         times: how many requests it meets; then the route works again.
     """
 
@@ -33,7 +35,9 @@ class Fault:
     body: str = '{"success": false, "message": "injected fault"}'
     delay_s: float = 0.0
     cut: bool = False
+    lose: bool = False
     garble: Garble | None = None
+    after: int = 0
     times: int = 1_000_000
 
 
@@ -103,6 +107,9 @@ class FaultProxy:
             request.method, self.target + path, data=body, headers=headers
         ) as answer:
             content = await answer.read()
+            if fault.lose:
+                assert request.transport is not None
+                request.transport.close()
             if fault.garble is not None:
                 content = fault.garble(content)
             return web.Response(
@@ -114,6 +121,9 @@ class FaultProxy:
     def _take_fault(self, path: str) -> Fault:
         fault = self.faults.get(path)
         if fault is None or fault.times <= 0:
+            return Fault()
+        if fault.after > 0:
+            fault.after -= 1
             return Fault()
         fault.times -= 1
         return fault

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lora_files import ATTENTION, MLP
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme
 from torchrl_sglang.errors import ServiceError
+
+SERVER_PYTHON = os.environ.get("TORCHRL_SGLANG_TEST_SERVER_PYTHON")
+
+
+def masks_logits_on_cpu(python: str) -> bool:
+    """Whether SGLang's default grammar backend works without a GPU; else it ends the server."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    folder = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    source = Path(folder.strip()) / "sglang/srt/constrained/xgrammar_backend.py"
+    return 'device.type == "cpu"' in source.read_text()
+
 
 # Small enough for a laptop; the rest are the library's own defaults for a CPU. bf16 logits of 8 to
 # 16 are 0.06 apart, which would hide an error of log-probs: with the head in float32 (on both
@@ -24,7 +37,19 @@ CPU_SERVER_ARGS: dict[str, Any] = {
     "random_seed": 0,
     "enable_fp32_lm_head": True,
     # Set by tools/test_versions.sh: an environment with another release of SGLang.
-    "server_python": os.environ.get("TORCHRL_SGLANG_TEST_SERVER_PYTHON"),
+    "server_python": SERVER_PYTHON,
+}
+if SERVER_PYTHON is not None and not masks_logits_on_cpu(SERVER_PYTHON):
+    CPU_SERVER_ARGS["grammar_backend"] = "llguidance"
+
+# A server with all that has to be asked for when it is started; tests share one of these too.
+SPECIAL_SERVER_ARGS: dict[str, Any] = {
+    **CPU_SERVER_ARGS,
+    "enable_custom_logit_processor": True,
+    "enable_return_hidden_states": True,
+    "enable_lora": True,
+    "max_lora_rank": 16,
+    "lora_target_modules": [*ATTENTION, *MLP],
 }
 
 

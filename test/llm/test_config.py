@@ -94,9 +94,15 @@ def test_every_timeout_is_a_number(value: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"pause_mode": "in_place"}, "pause_mode must be 'retract' or 'abort', got 'in_place'"),
-        ({"bucket_bytes": 0}, "bucket_bytes must be >= 1"),
-        ({"verify_method": "hope"}, "verify_method must be .* got 'hope'"),
+        ({"pause_mode": "stop"}, "pause_mode must be one of .*'in_place'.* got 'stop'"),
+        ({"pause_mode": "in_place", "flush_cache": True}, "flush_cache=True with .*in_place"),
+        ({"bucket_bytes": 0}, "bucket_bytes must be an integer >= 1, got 0"),
+        ({"bucket_bytes": 1.5}, "bucket_bytes must be an integer >= 1, got 1.5"),
+        ({"method": "fax"}, "method must be one of .* got 'fax'"),
+        ({"layout": "both"}, "layout must be one of .* got 'both'"),
+        ({"verify": True}, "verify must be one of .* got True"),
+        ({"lost_engines": "keep"}, "lost_engines must be one of .* got 'keep'"),
+        ({"verify_method": "hope"}, "verify_method must be one of .* got 'hope'"),
         ({"probe_tolerance": -0.1}, "probe_tolerance"),
         ({"probe_tolerance": float("nan")}, "probe_tolerance"),
     ],
@@ -109,10 +115,8 @@ def test_wrong_weight_sync_configs(given: dict[str, Any], says: str) -> None:
 
 def test_defaults() -> None:
     config = WeightSyncConfig()
-    assert (config.pause_mode, config.verify_method, config.flush_cache) == (
-        "retract",
-        "auto",
-        True,
-    )
+    assert (config.pause_mode, config.verify, config.verify_method) == ("retract", "always", "auto")
+    assert config.flushes
+    assert not WeightSyncConfig(pause_mode="in_place").flushes
     assert RouterConfig().policy == "round_robin"  # cache_aware sends all ids to one worker
     assert ServerConfig(**SERVER).host == RouterConfig().host == "127.0.0.1"

@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from lora_files import random_adapter
-from servers import CPU_SERVER_ARGS
+from servers import SPECIAL_SERVER_ARGS
 from test_collector import make_env
 from transformers import AutoModelForCausalLM
 
-from torchrl_sglang import AsyncSGLang, SamplingParams, SGLangWrapper, Timeouts
+from torchrl_sglang import AsyncSGLang, SamplingParams, SGLangWrapper
 from torchrl_sglang.errors import UnsupportedOptionError
 from torchrl_sglang.protocol import ROUTER_DROPS, ROUTER_DROPS_OF_SAMPLING
 from torchrl_sglang.rollout.facts import EXTRAS
@@ -128,23 +128,6 @@ PARTS_TEMPLATE = """\
 {% endfor -%}
 <|im_start|>assistant
 """
-
-
-@pytest.fixture(scope="module")
-def special(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
-    """A server with all that sections ask `from_pretrained` for."""
-    with AsyncSGLang.from_pretrained(
-        str(model_path), device="cpu", timeouts=timeouts, **SPECIAL, **CPU_SERVER_ARGS
-    ) as running:
-        yield running
-
-
-SPECIAL = {
-    "enable_custom_logit_processor": True,
-    "enable_lora": True,
-    "max_lora_rank": 16,
-    "lora_target_modules": ["q_proj", "v_proj"],
-}
 
 
 def rows_of(out: Any) -> list[Any]:
@@ -341,8 +324,10 @@ def test_generation(
         @staticmethod
         def from_pretrained(model_name: str, **kwargs: Any) -> AsyncSGLang:
             assert model_name == MODEL
-            assert kwargs.items() <= SPECIAL.items()
-            return request.getfixturevalue("special")
+            modules = kwargs.pop("lora_target_modules", [])
+            assert set(modules) <= set(SPECIAL_SERVER_ARGS["lora_target_modules"])
+            assert kwargs.items() <= SPECIAL_SERVER_ARGS.items()
+            return request.getfixturevalue("special_service")
 
     names: dict[str, Any] = {"service": service, "tokenizer": tokenizer}
     exec(SECTIONS[FIRST], names)

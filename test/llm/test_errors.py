@@ -11,6 +11,7 @@ import pytest
 
 from torchrl_sglang import errors
 from torchrl_sglang.errors import (
+    EngineLostError,
     HTTPAnswerError,
     ProcessDiedError,
     PushError,
@@ -64,6 +65,7 @@ MADE: dict[str, Exception] = {
     "ProcessDiedError": ProcessDiedError("server-0", ["python", "-m", "x"], -9, "last line"),
     "PushError": PushError("refused", step="announce", engine="http://e", bucket=3),
     "PushTimeoutError": PushTimeoutError("late", step="init"),
+    "EngineLostError": EngineLostError("gone", step="transfer", engine="http://e", bucket=0),
     "HTTPAnswerError": HTTPAnswerError("said no", status=404, body="{}"),
     "RequestRefusedError": RequestRefusedError("said no", status=400, body="{}"),
     "ServerFailedError": ServerFailedError("cut"),

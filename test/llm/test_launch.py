@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-from servers import CPU_SERVER_ARGS
 
 from torchrl_sglang import AsyncSGLang, Timeouts
 from torchrl_sglang.errors import (
@@ -35,6 +34,7 @@ from torchrl_sglang import AsyncSGLang, Timeouts
 def main():
     service = AsyncSGLang.from_pretrained(
         sys.argv[1], device="cpu", log_dir=sys.argv[2], max_total_tokens=4096,
+        mem_fraction_static=0.5,  # the next one takes memory while this one measures what is free
         timeouts=Timeouts(start_s=240.0, stop_s=10.0),
     )
     print("ready", service.server_url, *(worker.url for worker in service.workers), flush=True)
@@ -78,37 +78,69 @@ def listening(url: str) -> bool:
     return True
 
 
-@pytest.fixture
-def start_parent(model_path: Path, tmp_path: Path) -> Iterator[Any]:
-    """Runs `PARENT` in a process of its own, and ends whatever a failed test left of it."""
-    started: list[subprocess.Popen[str]] = []
+class Parents:
+    """Processes that run `PARENT`."""
 
-    def start(then: str) -> subprocess.Popen[str]:
-        script = tmp_path / "parent.py"
-        script.write_text(PARENT)
-        parent = subprocess.Popen(
-            [sys.executable, str(script), str(model_path), str(tmp_path / "logs"), then],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(parent)
-        return parent
+    def __init__(self, model_path: Path, folder: Path) -> None:
+        self._model_path = model_path
+        self._folder = folder
+        self._started: dict[str, subprocess.Popen[str]] = {}
 
-    yield start
-    for parent in started:
-        if parent.poll() is None:
-            for process in descendants(parent.pid):
-                process.kill()
-            parent.kill()
-            parent.wait()
+    def start(self, name: str, then: str) -> subprocess.Popen[str]:
+        """The parent of that name; what it does once its service is ready is ``then``."""
+        if name not in self._started:
+            script = self._folder / "parent.py"
+            script.write_text(PARENT)
+            self._started[name] = subprocess.Popen(
+                [
+                    sys.executable,
+                    str(script),
+                    str(self._model_path),
+                    str(self._folder / name),
+                    then,
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        return self._started[name]
+
+    def close(self) -> None:
+        """Ends whatever a failed test left."""
+        for parent in self._started.values():
+            if parent.poll() is None:
+                for process in descendants(parent.pid):
+                    process.kill()
+                parent.kill()
+                parent.wait()
 
 
-@pytest.mark.parametrize("end", ["exit", "raise", signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_end_of_the_parent_leaves_anything(start_parent: Any, end: Any) -> None:
-    parent = start_parent(end if isinstance(end, str) else "wait")
+@pytest.fixture(scope="module")
+def parents(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parents]:
+    made = Parents(model_path, tmp_path_factory.mktemp("parents"))
+    yield made
+    made.close()
+
+
+ENDS: list[str | signal.Signals] = [
+    "exit",
+    "raise",
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGKILL,
+]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_no_end_of_the_parent_leaves_anything(parents: Parents, end: Any) -> None:
+    at = ENDS.index(end)
+    # The next one starts meanwhile.
+    parent, *_ = [
+        parents.start(str(one), one if isinstance(one, str) else "wait")
+        for one in ENDS[at : at + 2]
+    ]
     words = parent.stdout.readline().split()
     assert words[:1] == ["ready"], parent.communicate()[1]
     children = descendants(parent.pid)
@@ -127,8 +159,8 @@ def test_no_end_of_the_parent_leaves_anything(start_parent: Any, end: Any) -> No
     assert not any(listening(url) for url in words[1:])
 
 
-def test_ctrl_c_while_starting_leaves_nothing(start_parent: Any, tmp_path: Path) -> None:
-    parent = start_parent("wait")
+def test_ctrl_c_while_starting_leaves_nothing(parents: Parents) -> None:
+    parent = parents.start("ctrl-c", "wait")
     deadline = time.monotonic() + 60.0
     while time.monotonic() < deadline and len(descendants(parent.pid)) < 2:
         time.sleep(0.05)
@@ -243,61 +275,3 @@ def test_sglang_is_not_installed(model_path: Path, tmp_path: Path) -> None:
 def test_wrong_arguments(model_path: Path, kwargs: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         AsyncSGLang.from_pretrained(str(model_path), **{"device": "cpu", **kwargs})
-
-
-def test_from_a_worker_thread_that_ends(
-    model_path: Path, tmp_path: Path, timeouts: Timeouts
-) -> None:
-    """Two replicas, started by a thread that is gone afterwards, live on and are ended."""
-    from servers import perturb, worst_error
-    from transformers import AutoModelForCausalLM
-
-    from torchrl_sglang import SGLangWeightSyncScheme
-
-    earlier = set(descendants(os.getpid()))
-    made: list[AsyncSGLang] = []
-    thread = threading.Thread(
-        target=lambda: made.append(
-            AsyncSGLang.from_pretrained(
-                str(model_path),
-                num_replicas=2,
-                device="cpu",
-                log_dir=tmp_path,
-                timeouts=timeouts,
-                **CPU_SERVER_ARGS,
-            )
-        )
-    )
-    thread.start()
-    thread.join(280.0)
-    with made[0] as service:
-        children = [p for p in descendants(os.getpid()) if p not in earlier]
-        assert len(children) >= 9
-        urls = [service.server_url, *(worker.url for worker in service.workers)]
-        assert len(set(urls)) == 3
-        prompts = [[10 + i, 20, 30] for i in range(16)]
-        greedy = {"max_new_tokens": 8, "temperature": 0.0}
-        service.generate(prompts, greedy)
-        logs = [(tmp_path / f"server-{i}.log").read_text() for i in range(2)]
-        served = [log.count('"POST /generate HTTP/1.1" 200') for log in logs]
-        assert min(served) >= 8  # both took their share (each had one more to warm up)
-
-        model = perturb(AutoModelForCausalLM.from_pretrained(model_path, dtype="bfloat16"), seed=1)
-        scheme = SGLangWeightSyncScheme(service, num_gpus=2)
-        scheme.init_on_sender()
-        scheme.connect()
-        scheme.send(model)
-        assert scheme.last_push is not None
-        assert scheme.last_push.verified_by == "checksum"
-        sampling = {"max_new_tokens": 8, "ignore_eos": True}
-        assert worst_error(model, prompts, service.generate(prompts, sampling)) < 0.02
-        for worker in service.workers:
-            keys = service._keys
-            with AsyncSGLang.connect(
-                worker.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
-            ) as one:
-                assert one.weight_version == str(scheme.last_push.version)
-                assert worst_error(model, prompts, one.generate(prompts, sampling)) < 0.02
-        scheme.close()
-    assert alive(children) == []
-    assert not any(listening(url) for url in urls)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CPU_SERVER_ARGS
+from servers import CPU_SERVER_ARGS, needs, perturb, worst_error
+from test_launch import alive, descendants, listening
 
 from torchrl_sglang import (
     AsyncSGLang,
     GenerateRequest,
     SamplingParams,
+    SGLangWeightSyncScheme,
     SGLangWrapper,
     Timeouts,
 )
@@ -32,15 +36,33 @@ Counts = dict[str, int]
 
 @pytest.fixture(scope="module")
 def replicas(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
-    with AsyncSGLang.from_pretrained(
-        str(model_path),
-        num_replicas=2,
-        device="cpu",
-        timeouts=timeouts,
-        enable_metrics=True,
-        **CPU_SERVER_ARGS,
-    ) as service:
+    """Started by a thread that is gone afterwards: they live on, and nothing is left in the end."""
+    earlier = set(descendants(os.getpid()))
+    made: list[AsyncSGLang] = []
+
+    def start() -> None:
+        service = AsyncSGLang.from_pretrained(
+            str(model_path),
+            num_replicas=2,
+            device="cpu",
+            timeouts=timeouts,
+            enable_metrics=True,
+            **CPU_SERVER_ARGS,
+        )
+        made.append(service)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join(280.0)
+    with made[0] as service:
+        children = [p for p in descendants(os.getpid()) if p not in earlier]
+        assert len(children) >= 9
+        urls = [service.server_url, *(worker.url for worker in service.workers)]
+        assert len(set(urls)) == 3
+        assert all(listening(url) for url in urls)
         yield service
+    assert alive(children) == []
+    assert not any(listening(url) for url in urls)
 
 
 def counted(service: AsyncSGLang) -> list[Counts]:
@@ -100,6 +122,8 @@ def test_prompts_of_equal_length_are_spread_evenly(replicas: AsyncSGLang) -> Non
 def test_what_bypasses_the_router_is_spread_evenly(
     replicas: AsyncSGLang, options: dict[str, Any], returns: dict[str, Any]
 ) -> None:
+    if returns:
+        needs(replicas, "sampling_mask_tokens")
     batch = [
         GenerateRequest(
             input_ids=ids, sampling=SAMPLING.updated(options), returns=Returns(**returns)
@@ -139,6 +163,8 @@ def test_samples_of_a_prompt_share_a_cache(
     By the server's own ``n`` the prompt is computed once. In a batch that goes to a server itself,
     SGLang computes it for each sample, all at once.
     """
+    if direct:
+        needs(replicas, "sampling_mask_tokens")
     request = GenerateRequest(
         input_ids=range(100 + direct, 148 + direct),
         sampling=SAMPLING.updated({"n": 8, "top_k": 20, "temperature": 3.0}),
@@ -182,3 +208,24 @@ def test_the_policy_spreads_and_keeps_samples_together(
     lengths = [len(row["tokens"].prompt) for row in out[:, 0].unbind(0)]
     for row, length in zip(cached.tolist(), lengths, strict=True):
         assert sorted(row)[1:] == [length - 1] * 7
+
+
+def test_a_push_reaches_both(replicas: AsyncSGLang, model: Any) -> None:
+    pushed = perturb(model, seed=1)
+    scheme = SGLangWeightSyncScheme(replicas, num_gpus=2)
+    scheme.init_on_sender()
+    scheme.connect()
+    scheme.send(pushed)
+    assert scheme.last_push is not None
+    if replicas.info.capabilities.checksum:
+        assert scheme.last_push.verified_by == "checksum"
+    prompts, sampling = prompts_of(16, length=3), {"max_new_tokens": 8, "ignore_eos": True}
+    assert worst_error(pushed, prompts, replicas.generate(prompts, sampling)) < 0.02
+    for worker in replicas.workers:
+        keys = replicas._keys
+        with AsyncSGLang.connect(
+            worker.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
+        ) as one:
+            assert one.weight_version == str(scheme.last_push.version)
+            assert worst_error(pushed, prompts, one.generate(prompts, sampling)) < 0.02
+    scheme.close()

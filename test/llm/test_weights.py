@@ -30,6 +30,8 @@ from torchrl_sglang.errors import (
     VerificationError,
     WeightsError,
 )
+from torchrl_sglang.weights.broadcast import Broadcast
+from torchrl_sglang.weights.engines import Engines
 
 Connect = Callable[..., SGLangWeightSyncScheme]
 
@@ -155,26 +157,30 @@ def test_without_salt_and_flush_stale_prefixes_would_be_used(
     assert service.generate(prompt, SAMPLING).cached_tokens > 32
 
 
-@pytest.mark.parametrize("pause_mode", ["retract", "abort"])
+@pytest.mark.parametrize("pause_mode", ["retract", "in_place", "abort"])
 def test_requests_posted_during_a_push(
-    service: AsyncSGLang, model: Any, connected: Connect, pause_mode: Any
+    service: AsyncSGLang,
+    model: Any,
+    connected: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    pause_mode: Any,
 ) -> None:
     """They wait, and what they return was sampled by the new weights."""
     scheme = connected(config=WeightSyncConfig(pause_mode=pause_mode))
     perturb(model, seed=7)
     paused, results = threading.Event(), []
-    original = scheme.pusher._begin_session
+    original = Engines.begin
 
-    def begin_when_others_wait() -> None:
+    def begin_when_others_wait(engines: Engines) -> None:
         paused.set()
         time.sleep(0.3)  # the others post into the pause
-        original()
+        original(engines)
 
     def generate() -> None:
         assert paused.wait(20.0)
         results.append(service.generate(PROMPTS, SAMPLING))
 
-    scheme.pusher._begin_session = begin_when_others_wait  # type: ignore[method-assign]
+    monkeypatch.setattr(Engines, "begin", begin_when_others_wait)
     thread = threading.Thread(target=generate)
     thread.start()
     scheme.send(model)
@@ -250,19 +256,25 @@ def test_verification_by_probe(service: AsyncSGLang, model: Any, connected: Conn
 
 @pytest.mark.parametrize("method", ["checksum", "probe"])
 def test_garbled_weights_are_noticed(
-    proxied: AsyncSGLang, proxy: FaultProxy, model: Any, connected: Connect, method: Any
+    proxied: AsyncSGLang,
+    model: Any,
+    connected: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Any,
 ) -> None:
-    """The server answers 200 to every step, but holds something else: its layers swapped."""
+    """The server answers 200 to every step, but holds something else: one norm is larger."""
     scheme = connected(proxied, config=WeightSyncConfig(verify_method=method))
     perturb(model, seed=11, scale=0.5)
-    swap = scheme.pusher._transfer
+    transfer = Broadcast.transfer
 
-    def transfer_other_weights(bucket: Any, index: int, weights: Any, dtype: Any) -> None:
+    def transfer_other_weights(
+        carrier: Broadcast, buckets: Any, weights: Any, dtype: Any, timer: Any
+    ) -> str:
         changed = {name: tensor.clone() for name, tensor in weights.items()}
         changed["model.norm.weight"] *= 1.5
-        swap(bucket, index, changed, dtype)
+        return transfer(carrier, buckets, changed, dtype, timer)
 
-    scheme.pusher._transfer = transfer_other_weights  # type: ignore[method-assign]
+    monkeypatch.setattr(Broadcast, "transfer", transfer_other_weights)
     with pytest.raises(VerificationError):
         scheme.send(model)
     assert proxied.state is ServiceState.BROKEN

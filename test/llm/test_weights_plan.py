@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from torchrl_sglang.errors import TopologyError, WeightsError
 from torchrl_sglang.info import Capabilities, WorkerInfo
 from torchrl_sglang.weights.expected import Expected
-from torchrl_sglang.weights.flatten import flattened, served_dtype, spec_of
-from torchrl_sglang.weights.plan import Bucket, Ranks, TensorSpec, plan_buckets, plan_ranks
+from torchrl_sglang.weights.payload import Payloads
+from torchrl_sglang.weights.plan import (
+    Bucket,
+    Ranks,
+    TensorSpec,
+    plan_buckets,
+    plan_ranks,
+    spec_of,
+)
+from torchrl_sglang.weights.served_dtype import served_dtype
 
 DTYPES = {8: "float64", 4: "float32", 2: "bfloat16", 1: "float8_e4m3fn"}
 
@@ -134,6 +142,65 @@ def cut(payload: torch.Tensor, bucket: Bucket) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def payloads_of(
+    buckets: list[Bucket], weights: dict[str, torch.Tensor], dtype: torch.dtype, layout: Any
+) -> Payloads:
+    return Payloads(buckets, weights, dtype=dtype, device=torch.device("cpu"), layout=layout)
+
+
+def flattened(bucket: Bucket, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    [[payload]] = payloads_of([bucket], weights, dtype, "flattened")(lambda index: None)
+    return payload
+
+
+@pytest.mark.parametrize("layout", ["flattened", "tensors"])
+@pytest.mark.parametrize("bucket_bytes", [1, 100, 1 << 20])
+def test_payloads_in_the_order_of_the_plan(layout: str, bucket_bytes: int) -> None:
+    """A buffer is written again only after what was in it has been sent."""
+    weights = {str(i): torch.randn(3, i + 1) for i in range(9)}
+    specs = [spec_of(name, tensor, torch.bfloat16) for name, tensor in weights.items()]
+    buckets = plan_buckets(specs, bucket_bytes)
+    made: list[list[torch.Tensor]] = []
+    read: dict[str, torch.Tensor] = {}
+
+    def after(index: int) -> None:
+        """What a receiver does that reads as late as it may."""
+        for spec, tensor in zip(buckets[index].tensors, take(index), strict=True):
+            read[spec.name] = tensor.clone()
+
+    def take(index: int) -> list[torch.Tensor]:
+        if layout == "tensors":
+            return made[index]
+        return list(cut(made[index][0], buckets[index]).values())
+
+    payloads = payloads_of(buckets, weights, torch.bfloat16, layout)
+    for tensors in payloads(after):
+        made.append(tensors)
+    for index in range(len(buckets)):
+        if not {spec.name for spec in buckets[index].tensors} <= read.keys():
+            after(index)
+    assert len(made) == len(buckets)
+    for name, tensor in weights.items():
+        assert torch.equal(read[name], tensor.to(torch.bfloat16))
+
+
+def test_large_tensors_that_need_no_copy_are_sent_from_where_they_are() -> None:
+    large = {str(i): torch.zeros(2048, 2048, dtype=torch.bfloat16) for i in range(3)}
+
+    def layout_of(weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> bool:
+        specs = [spec_of(name, tensor, dtype) for name, tensor in weights.items()]
+        return payloads_of(plan_buckets(specs, 1 << 24), weights, dtype, "auto").flattened
+
+    assert not layout_of(large)
+    assert layout_of(large, torch.float16)
+    assert layout_of({**large, "3": large["0"].t()})
+    assert layout_of({str(i): torch.zeros(8, dtype=torch.bfloat16) for i in range(3)})
+    specs = [spec_of(name, tensor, torch.bfloat16) for name, tensor in large.items()]
+    payloads = payloads_of(plan_buckets(specs, 1 << 30), large, torch.bfloat16, "auto")
+    [sent] = payloads(lambda index: None)
+    assert [t.data_ptr() for t in sent] == [t.data_ptr() for t in large.values()]
+
+
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=8), BUCKET_BYTES)
 def test_what_is_sent_can_be_taken_apart_again(shapes: list[list[int]], bucket_bytes: int) -> None:
@@ -141,7 +208,7 @@ def test_what_is_sent_can_be_taken_apart_again(shapes: list[list[int]], bucket_b
     specs = [spec_of(name, tensor, torch.bfloat16) for name, tensor in weights.items()]
     received: dict[str, torch.Tensor] = {}
     for bucket in plan_buckets(specs, bucket_bytes):
-        payload = flattened(bucket, weights, torch.bfloat16, torch.device("cpu"))
+        payload = flattened(bucket, weights, torch.bfloat16)
         assert (payload.dtype, payload.ndim) == (torch.uint8, 1)
         received |= cut(payload, bucket)
     assert received.keys() == weights.keys()
@@ -152,7 +219,7 @@ def test_what_is_sent_can_be_taken_apart_again(shapes: list[list[int]], bucket_b
 def test_a_transposed_weight_is_sent_in_its_own_order() -> None:
     weight = torch.arange(6.0).reshape(2, 3).t().requires_grad_()
     bucket = Bucket(tensors=(spec_of("a", weight, torch.float32),))
-    payload = flattened(bucket, {"a": weight}, torch.float32, torch.device("cpu"))
+    payload = flattened(bucket, {"a": weight}, torch.float32)
     assert not payload.requires_grad
     assert torch.equal(cut(payload, bucket)["a"], weight.detach())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -16,9 +18,13 @@ from torch.distributed.distributed_c10d import (
     BroadcastOptions,
     GroupName,
     PrefixStore,
+    _get_default_group,
     _new_process_group_helper,
     _world,
+    broadcast_object_list,
     destroy_process_group,
+    get_rank,
+    is_initialized,
 )
 
 from ..errors import PortTakenError
@@ -81,6 +87,26 @@ def _listen(address: str, port: int | None) -> socket.socket:
     return listener
 
 
+# Given a function that returns (or, on a GPU, holds the stream) until payload number so and so was
+# sent, yields the tensors of one payload after another.
+MakePayloads = Callable[[Callable[[int], None]], Iterable[Sequence[torch.Tensor]]]
+
+
+class Sending:
+    """Payloads on their way.
+
+    Attributes:
+        done: finished when all were sent; holds the error if one was not.
+        num_started: payloads whose broadcast was started.
+        num_sent: payloads that were sent.
+    """
+
+    def __init__(self) -> None:
+        self.done: Future[None] = Future()
+        self.num_started = 0
+        self.num_sent = 0
+
+
 class TrainerGroup:
     """Rank 0 of the collective.
 
@@ -99,44 +125,87 @@ class TrainerGroup:
         self._rendezvous = rendezvous
         self._left = threading.Event()
         self._timeout_s = timeout_s
-        self._work: Any = None
+        self._works: list[Any] = []
         self._sent: Future[None] | None = None
         # SGLang builds its side with the same helper, under the same prefixes.
-        self._group: Any = _new_process_group_helper(
-            world_size,
-            0,
-            [],
-            Backend(backend),
-            PrefixStore(name, rendezvous.member()),
-            group_name=GroupName(name),
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )[0]
+        with _nothing_to_split():
+            self._group: Any = _new_process_group_helper(
+                world_size,
+                0,
+                [],
+                Backend(backend),
+                PrefixStore(name, rendezvous.member()),
+                group_name=GroupName(name),
+                timeout=datetime.timedelta(seconds=timeout_s),
+            )[0]
         # destroy_process_group expects the entry that new_group would have made.
         _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
 
-    def broadcast(self, tensor: torch.Tensor) -> Future[None]:
-        """Sends one tensor to all ranks, from a thread that may be left behind.
+    def send(self, make_payloads: MakePayloads, *, device: torch.device) -> Sending:
+        """Broadcasts payload after payload to all ranks, each as soon as it is made.
 
-        NCCL sets its communicator up inside the first broadcast and can block there for good, so
-        the calling thread never enters it.
+        Nothing waits for the receivers in between, so that the link is never idle; they must take
+        the payloads in the same order. All work happens in a thread that may be left behind: NCCL
+        sets its communicator up inside the first broadcast and can block there for good.
+
+        Args:
+            make_payloads: yields the tensors of one payload after another, see `MakePayloads`.
+            device: where the tensors are. On a GPU the copies are made on the caller's stream, so
+                they come after what it has queued, and what it queues later comes after them.
         """
-        self._sent = in_thread(lambda: self._broadcast(tensor), "torchrl_sglang-broadcast")
-        return self._sent
+        sending = Sending()
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-    def _broadcast(self, tensor: torch.Tensor) -> None:
+        def run() -> None:
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                self._send(make_payloads, sending, stream is not None)
+
+        sending.done = self._sent = in_thread(run, "torchrl_sglang-broadcast")
+        return sending
+
+    def _send(self, make_payloads: MakePayloads, sending: Sending, on_gpu: bool) -> None:
+        works = self._works = []
+
+        def after(index: int) -> None:
+            """Lets a payload's memory be written again: what follows waits until it was sent."""
+            if on_gpu:
+                works[index].wait()  # holds the stream, not this thread
+            else:
+                self._finish(works[index])
+
+        try:
+            for tensors in make_payloads(after):
+                for tensor in tensors:
+                    self._check_not_left()
+                    work = self._start(tensor)
+                works.append(work)
+                sending.num_started += 1
+            if on_gpu and works:
+                works[-1].wait()
+            for work in works:
+                self._finish(work)
+                sending.num_sent += 1
+        finally:
+            work = None  # an error's traceback keeps this frame; see _bury for why that matters
+
+    def _start(self, tensor: torch.Tensor) -> Any:
         options = BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        work = self._work = self._group.broadcast([tensor], options)
-        try:
-            while not work.is_completed():
-                if self._left.is_set():
-                    work.wait(datetime.timedelta(seconds=LEAVE_S))
-                    return
-                time.sleep(POLL_S)
-            work.wait()
-        finally:
-            del work  # an error's traceback keeps this frame; see _bury for why that matters
+        return self._group.broadcast([tensor], options)
+
+    def _finish(self, work: Any) -> None:
+        """Waits for a broadcast, unless the group is left meanwhile."""
+        while not work.is_completed():
+            if self._left.is_set():
+                work.wait(datetime.timedelta(seconds=LEAVE_S))
+                self._check_not_left()
+            time.sleep(POLL_S)
+        work.wait()
+
+    def _check_not_left(self) -> None:
+        if self._left.is_set():
+            raise RuntimeError("the group was left while a broadcast was under way")
 
     def close(self, *, broken: bool) -> None:
         """Leaves the group; harmless twice.
@@ -151,8 +220,7 @@ class TrainerGroup:
         if broken:
             in_thread(self._bury, "torchrl_sglang-bury")
         else:
-            group, self._group, self._work = self._group, None, None
-            destroy_process_group(group)
+            self._end()
 
     def _bury(self) -> None:
         """Ends a group that others may never have joined, from a thread that may be left behind.
@@ -166,12 +234,35 @@ class TrainerGroup:
             wait([self._sent], 5 * LEAVE_S)
         self._group.abort()
         deadline = time.monotonic() + 2 * self._timeout_s
-        while self._work is not None and not self._work.is_completed():
+        while not all(work.is_completed() for work in self._works):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.05)
-        group, self._group, self._work = self._group, None, None
+        self._end()
+
+    def _end(self) -> None:
+        self._works.clear()  # the same list that an error's traceback may keep
+        group, self._group = self._group, None
         destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def _nothing_to_split() -> Iterator[None]:
+    """Keeps a new group from being split off the trainer's own.
+
+    Where ``init_process_group`` was given a ``device_id``, torch takes every new group for a part
+    of the default one, which the servers are not in.
+    """
+    default = _get_default_group() if is_initialized() else None
+    bound = getattr(default, "bound_device_id", None)
+    if default is None or bound is None:
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
 
 
 def in_thread(call: Any, name: str) -> Future[Any]:
@@ -186,3 +277,21 @@ def in_thread(call: Any, name: str) -> Future[Any]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def trainer_rank() -> int:
+    """This process's rank among those that train together; 0 where it trains alone."""
+    return get_rank() if is_initialized() else 0
+
+
+def say(message: tuple[Any, ...]) -> None:
+    """From the trainer's rank 0 to its other ranks."""
+    broadcast_object_list([message], src=0)
+
+
+def hear() -> tuple[Any, ...]:
+    """What rank 0 says."""
+    heard: list[Any] = [None]
+    broadcast_object_list(heard, src=0)
+    message: tuple[Any, ...] = heard[0]
+    return message

@@ -53,6 +53,17 @@ def expected_model(model_path: str) -> Expected:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def model_config(model_path: str) -> Any | None:
+    """A model's config; None where it can't be loaded on this machine."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_path)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
 def meta_model(model_path: str) -> Any:
     """The model without any weights; errors as in `expected_model`."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+
+import torch
 
 from ..errors import TopologyError
 from ..info import WorkerInfo
@@ -37,6 +39,16 @@ class TensorSpec:
         return count * self.item_bytes
 
 
+def spec_of(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSpec:
+    """How a tensor is announced that travels in ``dtype``."""
+    return TensorSpec(
+        name=name,
+        dtype=str(dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        item_bytes=dtype.itemsize,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
     """Tensors that travel in one broadcast, end to end, as raw bytes in this order."""
@@ -47,6 +59,12 @@ class Bucket:
     def num_bytes(self) -> int:
         """Bytes of the broadcast."""
         return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @classmethod
+    def probe(cls, name: str) -> Self:
+        """A bucket of one float32 element."""
+        spec = TensorSpec(name=name, dtype="float32", shape=(1,), item_bytes=4)
+        return cls(tensors=(spec,))
 
     def announcement(self, group_name: str) -> dict[str, Any]:
         """The body of ``/update_weights_from_distributed``."""

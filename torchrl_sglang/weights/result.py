@@ -14,22 +14,35 @@ class PushResult:
 
     Attributes:
         version: the version that every server now runs.
-        num_bytes: bytes broadcast.
-        num_buckets: broadcasts.
+        method: how the weights travelled: ``"broadcast"``, ``"tensor"``, ``"disk"`` or ``"lora"``.
+        reason: why that method.
+        layout: ``"flattened"`` (a bucket is one tensor) or ``"tensors"`` (each by itself).
+        num_bytes: bytes sent.
+        num_buckets: pieces they were sent in.
         verified_by: ``"checksum"``, ``"probe"`` or ``"nothing"``.
         flushed: every server's prefix cache was emptied. False where it was not to be, and where a
             server before SGLang 0.5.23 refused because requests were in flight: those that it
             retracted may go on from a prefix of the old weights, new ones do not.
-        step_s: seconds of each step, by name.
-        total_s: seconds from pause to continue, verification included.
+        lost_engines: URLs of servers that died on the way and were left out.
+        step_s: seconds of each step, by name: ``join`` (only with a new group), ``pause``,
+            ``flush``, ``begin``, ``transfer``, ``end``, ``verify``, ``version``, ``continue``.
+        push_s: seconds from the first announcement to the last acknowledgement.
+        paused_s: seconds from pause to continue.
+        total_s: seconds of all of it.
     """
 
     version: int
+    method: str = "broadcast"
+    reason: str = ""
+    layout: str = "flattened"
     num_bytes: int
     num_buckets: int
     verified_by: str
     flushed: bool
+    lost_engines: tuple[str, ...] = ()
     step_s: Mapping[str, float]
+    push_s: float
+    paused_s: float
     total_s: float
 
 

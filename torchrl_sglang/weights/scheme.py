@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import warnings
-from collections.abc import Callable
+import threading
 from typing import Any, Literal
 
 import torch
@@ -14,10 +14,16 @@ from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from ..config import WeightSyncConfig
 from ..errors import ConfigError, NotConnectedError
+from ..live import find_service
 from ..service import AsyncSGLang
 from .plan import plan_ranks
 from .result import PushResult
+from .sender import SGLangWeightReceiver, SGLangWeightSender
+from .sharded import leading
+from .transport import SGLangTransport
 from .update import WeightPusher
+from .updater import SGLangWeightUpdater
+from .versions import bring_up, choose_version, count_to, served_version, shares_counter
 
 
 class SGLangWeightSyncScheme(WeightSyncScheme):
@@ -30,16 +36,21 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         Collector(env, policy, weight_sync_schemes={"policy": scheme})
         scheme.attach(collector)
 
+    A training script that pushes by itself, as TorchRL's GRPO recipe does, makes a sender:
+    `create_sender`.
+
     A push pauses the servers, broadcasts (gloo on CPU, NCCL on GPU), verifies, sets the version and
     continues. If a step fails, the servers stay paused, ``service.state`` is ``BROKEN`` and
     ``generate`` raises until a push succeeds.
 
     Args:
         service: the servers to push to.
-        server_url: instead of ``service``: URL of a running router or server.
+        server_url: instead of ``service``: URL of a running router or server. Where a service of
+            this process uses it, that one is meant.
         master_address: address at which the servers reach this process; found by default.
         master_port: port of the rendezvous; a free one by default.
-        num_gpus: ranks of all servers together, checked against what they say.
+        num_gpus: ranks of all servers together, checked against what they say; the
+            ``tp_size * dp_size`` of one server, which TorchRL's recipe passes, will do too.
         strategy: ``"state_dict"`` or ``"tensordict"``; accepted for TorchRL's sake, both work.
         device: device that broadcasts; the current GPU for NCCL.
         config: how to push.
@@ -48,6 +59,10 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         admin_api_key: admin key for ``server_url``.
 
     Attributes:
+        service: the servers.
+        server_url: where they take requests.
+        num_gpus: ranks of all servers together.
+        collectors: those that count every push; see `SGLangWeightSender.register_collector`.
         last_push: what the last push did; None before the first.
 
     Raises:
@@ -74,12 +89,18 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         if (service is None) == (server_url is None):
             raise ConfigError("pass exactly one of service and server_url.")
         if server_url is not None:
-            service = AsyncSGLang.connect(server_url, api_key=api_key, admin_api_key=admin_api_key)
+            service = find_service(
+                server_url, api_key=api_key, admin_api_key=admin_api_key
+            ) or AsyncSGLang.connect(server_url, api_key=api_key, admin_api_key=admin_api_key)
         assert service is not None
         num_ranks = plan_ranks(service.cluster.infos).world_size - 1
-        if num_gpus is not None and num_gpus != num_ranks:
+        of_one = service.get_tp_size() * service.get_dp_size()
+        if num_gpus not in (None, num_ranks, of_one):
             raise ConfigError(f"num_gpus={num_gpus}, but the servers have {num_ranks} ranks.")
         self.service = service
+        self.server_url = service.server_url
+        self.num_gpus = num_ranks
+        self.model_path = model_path
         self.pusher = WeightPusher(
             service,
             config=config,
@@ -89,7 +110,10 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             model_path=model_path,
         )
         self.last_push: PushResult | None = None
+        self.collectors: list[Any] = []
         self._registered: nn.Module | None = None
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
 
     # Who has the weights
 
@@ -104,19 +128,32 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             collector: any TorchRL collector of one process.
         """
         self.init_on_sender(model_id="policy", context=collector)
-        self.connect()
+        self.connect_once()
+        bring_up(collector, served_version(self.service))
         collector.weight_updater = None
         collector._weight_sync_schemes = {"policy": self}
 
     def __call__(self) -> WeightUpdaterBase:
         """The adapter that ``LLMCollector(weight_updater=scheme)`` asks for."""
+        self.connect_once()
+        return SGLangWeightUpdater(self)
+
+    def create_sender(self) -> SGLangWeightSender:
+        """What a training script pushes with, if no collector does it."""
+        return SGLangWeightSender(self)
+
+    def create_receiver(self, engine: Any = None) -> SGLangWeightReceiver:
+        """For scripts that make one: the receivers are the servers, so it has nothing to do."""
+        return SGLangWeightReceiver(self, engine)
+
+    # TorchRL's contract
+
+    def connect_once(self) -> None:
+        """Connects as a sender if that was not done yet; errors as in `connect`."""
         if not self.initialized_on_sender:
             self.init_on_sender()
         if not self.synchronized_on_sender:
             self.connect()
-        return SGLangWeightUpdater(self)
-
-    # TorchRL's contract
 
     def _init_on_sender_impl(
         self, model_id: str | None = None, context: Any = None, **kwargs: Any
@@ -169,22 +206,75 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
                 "scheme.attach(collector), or init_on_sender() and connect()."
             )
 
-    def push(self, weights: Any, collector: Any = None) -> PushResult:
-        """Pushes under the number that ``collector`` will count to next, if it counts."""
-        model = weights if isinstance(weights, nn.Module) else self._registered
-        self.last_push = self.pusher.push(
-            weights if weights is not None else self._registered,
-            version=next_version(collector),
-            reference=model,
-        )
-        return self.last_push
+    def push(
+        self, weights: Any = None, collector: Any = None, *, version: int | None = None
+    ) -> PushResult | None:
+        """Pushes, and counts every registered collector up to the servers' new version.
+
+        The version is one more than the highest that a server or a collector has, so it goes up
+        also where a trainer starts again at 0 on servers that have seen many pushes.
+
+        Args:
+            weights: as in `send`.
+            collector: one that counts this push by itself afterwards, by one.
+            version: the number to push under, instead.
+
+        Returns:
+            What the push did; None with ``WeightSyncConfig(non_blocking=True)``, where it is still
+            under way: see `wait`.
+
+        Raises:
+            VersionError: ``version`` is not higher than the servers'; nothing was touched.
+            WeightSyncError: as in `send`; also of the push before, if that one did not block.
+        """
+        self._check_process()
+        self.wait()
+        source = weights if weights is not None else self._registered
+        with self._lock, leading(source):
+            others = [each for each in self.collectors if not shares_counter(each, collector)]
+            number = choose_version(version, served_version(self.service), [*others, collector])
+            reference = source if isinstance(source, nn.Module) else self._registered
+            if self.pusher.config.non_blocking:
+                self.pusher.push_later(source, version=number, reference=reference)
+                done = None
+            else:
+                done = self.pusher.push(source, version=number, reference=reference)
+                self.last_push = done
+            bring_up(collector, number - 1)
+            for each in others:
+                count_to(each, number)
+            return done
+
+    def wait(self) -> PushResult | None:
+        """Waits for a push that did not block; what it did, None if there is none under way.
+
+        Raises:
+            WeightSyncError: what that push raised, once.
+        """
+        done = self.pusher.wait()
+        if done is not None:
+            self.last_push = done
+        return done
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise NotConnectedError(
+                f"process {os.getpid()} has a copy of a weight sync that process {self._pid} made: "
+                "the group's sockets and communicators don't survive a fork. Push from there, or "
+                "make a scheme here. Nothing was touched."
+            )
 
     def close(self) -> None:
-        """Leaves the group; harmless twice."""
-        self.pusher.close()
+        """Leaves the group; harmless twice, and in a forked copy."""
+        if os.getpid() == self._pid:
+            self.pusher.close()
+            self.service.gate.release(self)
         self.synchronized_on_sender = False
 
     shutdown = close
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} to {self.server_url} at {id(self):#x}>"
 
     def __del__(self) -> None:
         """Lets go of the group without a word to the servers: a collector of garbage can't wait.
@@ -193,62 +283,5 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         never run.
         """
         pusher = getattr(self, "pusher", None)
-        if pusher is not None and not sys.is_finalizing():
+        if pusher is not None and os.getpid() == self._pid and not sys.is_finalizing():
             pusher.abandon()
-
-
-class SGLangTransport:
-    """What TorchRL calls to connect and to send."""
-
-    def __init__(self, scheme: SGLangWeightSyncScheme) -> None:
-        self._scheme = scheme
-
-    def setup_connection_and_weights_on_sender(self) -> None:
-        """Joins the servers' group; they already hold the checkpoint's weights."""
-        self._scheme.pusher.connect()
-
-    def send_weights(self, weights: Any) -> None:
-        """Pushes."""
-        self._scheme.push(weights, self._scheme.context)
-
-    def setup_connection_and_weights_on_receiver(self, **kwargs: Any) -> Any:
-        """Not for this process: the receivers are SGLang's own."""
-        raise NotConnectedError(
-            "the receivers of an SGLang weight sync are the servers themselves."
-        )
-
-    receive_weights = setup_connection_and_weights_on_receiver
-
-
-def next_version(collector: Any) -> int | None:
-    """The number that a collector will count to after this push; None if it does not count."""
-    current = getattr(collector, "policy_version", None)
-    return current + 1 if isinstance(current, int) else None
-
-
-def _without_deprecation(make: Callable[[], type]) -> type:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return make()
-
-
-def _make_updater() -> type:
-    class SGLangWeightUpdater(WeightUpdaterBase):
-        """TorchRL's older face of the scheme, the only one that ``LLMCollector`` takes."""
-
-        def __init__(self, scheme: SGLangWeightSyncScheme) -> None:
-            self.scheme = scheme
-
-        def _push_weights(self, *, policy_or_weights: Any = None, worker_ids: Any = None) -> None:
-            self.scheme._check_sendable(worker_ids)
-            self.scheme.push(policy_or_weights, self.collector)
-
-        def _sync_weights_with_worker(
-            self, *, worker_id: Any = None, server_weights: Any = None
-        ) -> None:
-            raise NotImplementedError("all servers are updated together, by push_weights.")
-
-    return SGLangWeightUpdater
-
-
-SGLangWeightUpdater = _without_deprecation(_make_updater)

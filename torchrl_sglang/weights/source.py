@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def named_weights(source: Any) -> dict[str, torch.Tensor]:
             f"can't take weights from a {type(source).__name__}: pass a module, a TensorDict or a "
             "state dict."
         )
-    tensors = {_plain(name): value for name, value in found.items()}
+    tensors = {plain_name(name): value for name, value in found.items()}
     wrong = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if wrong or not tensors:
         raise WeightsError(
@@ -71,7 +72,8 @@ def unwrap(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name without what compilers and sharders put in."""
     for infix in INFIXES:
         name = name.replace(infix, "")
     return name
@@ -82,12 +84,18 @@ def untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
     kept: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        identity = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        identity = (local(tensor).data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
         if tensor.numel() and not tensor.is_meta and identity in seen:
             continue
         seen.add(identity)
         kept[name] = tensor
     return kept
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other as it is."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def matched(weights: Mapping[str, torch.Tensor], expected: Expected) -> dict[str, torch.Tensor]:
@@ -96,27 +104,8 @@ def matched(weights: Mapping[str, torch.Tensor], expected: Expected) -> dict[str
     Raises:
         WeightsError: a name is unknown or missing, a shape is another, a dtype is not floating.
     """
-    known = {*expected.parameters, *expected.tied, *expected.buffers}
-    named = dict(weights)
-    while not known.issuperset(named):
-        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in named)), None)
-        if prefix is None:
-            break
-        named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
-    unknown = [name for name in named if name not in known]
-    if unknown:
-        # Judged by the names as they were given, which the caller recognises.
-        unknown = [name for name in weights if name not in known] or unknown
-        raise WeightsError(
-            f"{len(unknown)} names are not of the served model {expected.model_path}: "
-            f"{shown(unknown)}. It has names like {shown(list(expected.parameters))}."
-        )
-    missing = [name for name in expected.parameters if name not in named]
-    if missing:
-        raise WeightsError(
-            f"{len(missing)} of {len(expected.parameters)} parameters of {expected.model_path} are "
-            f"missing: {shown(missing)}. A push takes the whole model."
-        )
+    names = served_names(weights, expected)
+    named = {names[name]: tensor for name, tensor in weights.items()}
     check_dtypes({n: t for n, t in named.items() if n not in expected.buffers})
     check_tied(named, expected)
     named = {name: tensor for name, tensor in named.items() if name in expected.parameters}
@@ -124,10 +113,43 @@ def matched(weights: Mapping[str, torch.Tensor], expected: Expected) -> dict[str
     return named
 
 
+def served_names(given: Iterable[str], expected: Expected) -> dict[str, str]:
+    """What the served model calls each of these names, without the wrappers' prefixes.
+
+    Raises:
+        WeightsError: a name is unknown, or one of the model's is missing.
+    """
+    known = {*expected.parameters, *expected.tied, *expected.buffers}
+    named = {name: name for name in given}
+    while not known.issuperset(named.values()):
+        prefix = next(
+            (p for p in PREFIXES if all(name.startswith(p) for name in named.values())), None
+        )
+        if prefix is None:
+            break
+        named = {name: stripped.removeprefix(prefix) for name, stripped in named.items()}
+    unknown = [name for name, stripped in named.items() if stripped not in known]
+    if unknown:
+        # Judged by the names as they were given, which the caller recognises.
+        unknown = [name for name in named if name not in known] or unknown
+        raise WeightsError(
+            f"{len(unknown)} names are not of the served model {expected.model_path}: "
+            f"{shown(unknown)}. It has names like {shown(list(expected.parameters))}."
+        )
+    found = set(named.values())
+    missing = [name for name in expected.parameters if name not in found]
+    if missing:
+        raise WeightsError(
+            f"{len(missing)} of {len(expected.parameters)} parameters of {expected.model_path} are "
+            f"missing: {shown(missing)}. A push takes the whole model."
+        )
+    return named
+
+
 def check_tied(weights: Mapping[str, torch.Tensor], expected: Expected) -> None:
     """Raises `WeightsError` where two tied parameters differ: the servers hold only one of them."""
     for name, partner in expected.tied.items():
-        if name in weights and not torch.equal(weights[name], weights[partner]):
+        if name in weights and not torch.equal(local(weights[name]), local(weights[partner])):
             raise WeightsError(
                 f"{name} differs from {partner}, but {expected.model_path} ties them: tie "
                 "them in training too, or set tie_word_embeddings to false in its config."
@@ -155,6 +177,18 @@ def check_dtypes(weights: Mapping[str, torch.Tensor]) -> None:
             )
         if tensor.is_meta:
             raise WeightsError(f"{name} is on the meta device: it has no values to push.")
+
+
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises `WeightsError` for weights that are NaN or infinite."""
+    norms = torch._foreach_norm([local(tensor.detach()) for tensor in weights.values()], math.inf)
+    finite = torch.stack([norm.float().cpu() for norm in norms]).isfinite().tolist()
+    wrong = [name for name, good in zip(weights, finite, strict=True) if not good]
+    if wrong:
+        raise WeightsError(
+            f"{len(wrong)} of {len(weights)} tensors hold NaN or infinity: {shown(wrong)}. The "
+            "servers still run their old weights."
+        )
 
 
 def shown(names: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,35 +14,31 @@ from torch import nn
 
 from ..client import ControlClient
 from ..config import WeightSyncConfig
-from ..errors import (
-    NotConnectedError,
-    PushError,
-    RequestRefusedError,
-)
+from ..errors import EngineLostError, NotConnectedError
 from ..info import WorkerInfo
-from .collective import TrainerGroup, in_thread
-from .each import flush_caches, on_each
-from .expected import expected_model
-from .flatten import flattened, served_dtype, spec_of
-from .join import join_group
-from .plan import Bucket, plan_buckets
+from .broadcast import Broadcast, sending_device
+from .collective import in_thread
+from .engines import Engines
+from .failure import after_failure
+from .planned import Plan, make_plan
 from .result import PushResult, StepTimer
-from .source import matched, named_weights
-from .verify import Verifier
-from .watch import watch
+from .sharded import ShardedWeights
 
 
 class WeightPusher:
     """Pushes whole models into every server of a service.
 
     Args:
-        service: the servers; anything with ``cluster``, ``gate``, ``timeouts`` and
-            ``set_pushed_version``.
+        service: the servers; anything with ``cluster``, ``gate``, ``timeouts``,
+            ``set_pushed_version`` and ``drop_worker``.
         config: how to push.
         master_address: address at which the servers reach this process.
         master_port: port of the rendezvous; a free one by default.
         device: device that broadcasts; the current GPU for NCCL.
         model_path: where the served model's config is, if not where the servers have it.
+
+    Attributes:
+        config: how to push.
     """
 
     def __init__(
@@ -56,13 +52,16 @@ class WeightPusher:
         model_path: str | None = None,
     ) -> None:
         self._service = service
-        self._config = config or WeightSyncConfig()
+        self.config = config or WeightSyncConfig()
         self._master_address = master_address
         self._master_port = master_port
         self._device = device
         self._model_path = model_path
-        self._group: TrainerGroup | None = None
+        self._engines: Engines | None = None
+        self._carrier: Broadcast | None = None
         self._connected = False
+        self._verified = False
+        self._running: Future[PushResult] | None = None
         self._lock = threading.Lock()
 
     # Connecting
@@ -79,43 +78,46 @@ class WeightPusher:
             self._connected = True
 
     def _connect(self) -> None:
-        self._group = join_group(
-            self._workers,
-            self._infos,
+        self._drop()
+        timeouts = self._service.timeouts
+        self._engines = Engines(self._workers, self._infos, timeouts.control_s)
+        self._carrier = Broadcast(
+            self._engines,
             address=self._master_address or self._service.get_master_address(),
             port=self._master_port,
-            timeout_s=self._service.timeouts.group_s,
+            device=sending_device(self._infos[0].device, self._device),
+            layout=self.config.layout,
+            timeouts=timeouts,
         )
+        self._carrier.connect()
 
     def close(self) -> None:
-        """Leaves the group, on both sides; harmless twice."""
+        """Leaves the group, on both sides, once a push under way is over; harmless twice."""
+        with contextlib.suppress(Exception):
+            self.wait()
         with self._lock:
-            group, self._group = self._group, None
+            carrier, engines = self._carrier, self._engines
+            self._carrier = self._engines = None
             self._connected = False
-        if group is None:
-            return
-        body = {"group_name": group.name}
-        # NCCL ends a communicator only when all ranks do, so no side may wait for another.
-        ends: dict[Future[Any], str | None] = {
-            in_thread(
-                lambda w=w: w.post("/destroy_weights_update_group", body), "torchrl_sglang-leave"
-            ): w.url
-            for w in self._workers
-        }
-        ends[in_thread(lambda: group.close(broken=False), "torchrl_sglang-leave")] = None
-        with contextlib.suppress(PushError):  # a server that is gone has left already
-            watch(ends, step="close", timeout_s=self._service.timeouts.control_s)
+        if carrier is not None:
+            carrier.close()
+        if engines is not None:
+            engines.close()
 
     def abandon(self) -> None:
         """Leaves the group without waiting for anybody, servers included."""
         self._connected = False
-        self._drop_group()
+        self._drop()
 
-    def _drop_group(self) -> None:
+    def _drop(self) -> None:
         """After a failure the group can't be trusted: the next push makes a new one."""
-        group, self._group = self._group, None
-        if group is not None:
-            group.close(broken=True)
+        carrier, engines = self._carrier, self._engines
+        self._carrier = self._engines = None
+        self._verified = False
+        if carrier is not None:
+            carrier.drop()
+        if engines is not None:
+            engines.close()
 
     # Pushing
 
@@ -139,121 +141,144 @@ class WeightPusher:
             PushError: a step failed; the service is broken until a push succeeds.
             VerificationError: the servers do not hold what was sent; broken likewise.
         """
+        self.wait()
         with self._lock:
-            if not self._connected:
-                raise NotConnectedError(
-                    "the weight sync is not connected: call scheme.connect() (a collector does it "
-                    "when the scheme is given to it) before pushing."
-                )
-            expected = expected_model(self._model_path or self._service.model_path)
-            weights = matched(named_weights(source), expected)
-            dtype = served_dtype(self._infos[0], expected)
-            model = source if isinstance(source, nn.Module) else reference
-            verifier = Verifier(self._config, self._infos, weights, dtype, model)
-            if version is None:
-                version = self._next_version()
-            if self._group is None:
-                self._connect()
+            plan = self._planned(source, version, reference)
             self._service.gate.begin()
+            return self._carried_out(plan)
+
+    def push_later(
+        self,
+        source: Any,
+        *,
+        version: int | None = None,
+        reference: nn.Module | None = None,
+    ) -> Future[PushResult]:
+        """Copies the weights and pushes them from another thread; arguments as in `push`.
+
+        New requests wait from now on, as in `push`. One push is under way at a time.
+
+        Raises:
+            NotConnectedError, WeightsError: as in `push`, at once.
+            PushError, VerificationError: of the push before. This one's come in the future, in
+                `wait` and in the next push.
+        """
+        self.wait()
+        with self._lock:
+            plan = self._planned(source, version, reference, copy=True)
+            self._service.gate.begin()
+
+        def carry_out() -> PushResult:
+            with self._lock:
+                return self._carried_out(plan)
+
+        self._running = in_thread(carry_out, "torchrl_sglang-push")
+        return self._running
+
+    def wait(self) -> PushResult | None:
+        """Waits for the push of `push_later`; raises what it raised, once."""
+        running, self._running = self._running, None
+        return None if running is None else running.result()
+
+    def _planned(
+        self, source: Any, version: int | None, reference: nn.Module | None, *, copy: bool = False
+    ) -> Plan:
+        if not self._connected:
+            raise NotConnectedError(
+                "the weight sync is not connected: call scheme.connect() (a collector does it "
+                "when the scheme is given to it) before pushing."
+            )
+        return make_plan(
+            source,
+            model_path=self._model_path or self._service.model_path,
+            infos=self._infos,
+            config=self.config,
+            reference=reference,
+            version=self._next_version() if version is None else version,
+            verifies=self._verifies,
+            copy=copy,
+        )
+
+    @property
+    def _verifies(self) -> bool:
+        verify = self.config.verify
+        return verify == "always" or (verify == "first" and not self._verified)
+
+    def _carried_out(self, plan: Plan) -> PushResult:
+        lost: list[str] = []
+        while True:
             try:
-                result = self._push(weights, dtype, version, verifier)
-                self._service.set_pushed_version(version)
-            except BaseException as error:
-                self._drop_group()
+                result = self._attempt(plan, tuple(lost))
+            except BaseException as raised:
+                self._drop()
+                if isinstance(plan.weights, ShardedWeights):
+                    plan.weights.drain()
+                error = after_failure(raised, self._workers)
+                if isinstance(error, EngineLostError) and self._goes_on_without(error):
+                    lost.append(str(error.engine))
+                    self._service.drop_worker(error.engine)
+                    plan.verifier.leave_out(lost)
+                    continue
                 self._service.gate.fail(error)
-                raise
+                if error is raised:
+                    raise
+                raise error from raised
+            self._service.set_pushed_version(plan.version)
             self._service.gate.commit()
             return result
 
-    def _push(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
-        version: int,
-        verifier: Verifier,
-    ) -> PushResult:
-        buckets = plan_buckets(
-            (spec_of(name, tensor, dtype) for name, tensor in weights.items()),
-            self._config.bucket_bytes,
-        )
+    def _attempt(self, plan: Plan, lost: tuple[str, ...]) -> PushResult:
         timer, start = StepTimer(), time.perf_counter()
+        if self._carrier is None or not self._carrier.is_connected:
+            with timer.measure("join"):
+                self._connect()
+        carrier, engines = self._carrier, self._engines
+        assert carrier is not None and engines is not None
+        paused_at = time.perf_counter()
         with timer.measure("pause"):
-            self._on_all("pause", "/pause_generation", {"mode": self._config.pause_mode})
-            flushed = self._config.flush_cache and flush_caches(
-                self._workers, self._infos, self._service.timeouts.control_s
-            )
+            engines.post("pause", "/pause_generation", {"mode": self.config.pause_mode})
+        with timer.measure("flush"):
+            flushed = self.config.flushes and engines.flush()
         with timer.measure("begin"):
-            self._begin_session()
-        with timer.measure("transfer"):
-            for index, bucket in enumerate(buckets):
-                self._transfer(bucket, index, weights, dtype)
+            engines.begin()
+        sent_at = time.perf_counter()
+        layout = carrier.transfer(plan.buckets, plan.weights, plan.dtype, timer)
+        push_s = time.perf_counter() - sent_at
         with timer.measure("end"):
-            if self._has_session:
-                self._on_all("end", "/end_weight_update")
+            engines.end()
+        verifies = self._verifies
         with timer.measure("verify"):
-            verifier.by_checksum(self._workers, self._service.timeouts.control_s)
+            if verifies:
+                plan.verifier.by_checksum(engines)
         with timer.measure("version"):
-            body = {"new_version": str(version), "abort_all_requests": False}
-            self._on_all("version", "/update_weight_version", body)
+            engines.set_version(plan.version)
         with timer.measure("continue"):
-            self._on_all("continue", "/continue_generation")
+            engines.post("continue", "/continue_generation")
+        paused_s = time.perf_counter() - paused_at
         with timer.measure("verify"):
             # A paused server can't score, so the probe comes after; our own requests still wait.
-            verifier.by_probe(self._workers, self._service.timeouts.control_s, f"probe-{version}")
+            if verifies:
+                plan.verifier.by_probe(engines, f"probe-{plan.version}")
+        self._verified = self._verified or verifies
         return PushResult(
-            version=version,
-            num_bytes=sum(bucket.num_bytes for bucket in buckets),
-            num_buckets=len(buckets),
-            verified_by=verifier.verified_by,
+            version=plan.version,
+            method=carrier.method,
+            reason="the only method",
+            layout=layout,
+            num_bytes=sum(bucket.num_bytes for bucket in plan.buckets),
+            num_buckets=len(plan.buckets),
+            verified_by=plan.verifier.verified_by if verifies else "nothing",
             flushed=flushed,
+            lost_engines=lost,
             step_s=timer.step_s,
+            push_s=push_s,
+            paused_s=paused_s,
             total_s=time.perf_counter() - start,
         )
 
-    def _begin_session(self) -> None:
-        if not self._has_session:
-            return
-
-        def begin(worker: ControlClient) -> None:
-            try:
-                worker.post("/begin_weight_update")
-            except RequestRefusedError:
-                # A trainer that died left its session open.
-                worker.post("/end_weight_update")
-                worker.post("/begin_weight_update")
-
-        self._each("begin", begin, self._service.timeouts.control_s * 3)
-
-    def _transfer(
-        self,
-        bucket: Bucket,
-        index: int,
-        weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
-    ) -> None:
-        """Announces one bucket to every server and broadcasts it; the first failure ends both."""
-        group = self._group
-        if group is None:
-            raise PushError("the group is gone", step="announce", bucket=index)
-        payload = flattened(bucket, weights, dtype, self._broadcast_device)
-        body = bucket.announcement(group.name)
-        timeout_s = self._service.timeouts.transfer_s
-        watched: dict[Future[Any], str | None] = {
-            in_thread(
-                lambda w=w: w.post("/update_weights_from_distributed", body, timeout_s=timeout_s),
-                "torchrl_sglang-announce",
-            ): w.url
-            for w in self._workers
-        }
-        watched[group.broadcast(payload)] = None
-        watch(watched, step="transfer", timeout_s=timeout_s, bucket=index)
-
-    def _on_all(self, step: str, path: str, body: Mapping[str, Any] | None = None) -> None:
-        """Posts to every server at once."""
-        self._each(step, lambda worker: worker.post(path, body), self._service.timeouts.control_s)
-
-    def _each(self, step: str, call: Callable[[ControlClient], Any], timeout_s: float) -> None:
-        on_each(self._workers, step, call, timeout_s)
+    def _goes_on_without(self, error: EngineLostError) -> bool:
+        known = any(worker.url == error.engine for worker in self._workers)
+        return self.config.lost_engines == "drop" and known and len(self._workers) > 1
 
     # What is pushed to
 
@@ -266,19 +291,6 @@ class WeightPusher:
     def _infos(self) -> Sequence[WorkerInfo]:
         infos: Sequence[WorkerInfo] = self._service.cluster.infos
         return infos
-
-    @property
-    def _has_session(self) -> bool:
-        return all(info.capabilities.update_session for info in self._infos)
-
-    @property
-    def _broadcast_device(self) -> torch.device:
-        if self._infos[0].device == "cpu":
-            return torch.device("cpu")
-        if self._device is not None:
-            given = self._device
-            return torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
-        return torch.device("cuda", torch.cuda.current_device())
 
     def _next_version(self) -> int:
         known = self._service.weight_version

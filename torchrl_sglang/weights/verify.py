@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..client import ControlClient
 from ..config import WeightSyncConfig
-from ..errors import PushError, ServiceError, VerificationError
+from ..errors import ServiceError, VerificationError
 from ..info import WorkerInfo
-from .checksum import can_check, mismatches
+from .checksum import parse_checksums
+from .engines import Engines
+from .expected import model_config
 from .probe import parse_probe, probe_body, probe_ids, reference_log_probs
-from .source import shown
+from .proof import ChecksumProof
+from .source import unwrap
+from .watch import push_error
+
+T = TypeVar("T")
+
+NO_MODEL = (
+    "these servers can only be verified by a probe, which compares with the trainer's model: push "
+    "a module, register one with scheme.register_model(model), or accept unverified pushes with "
+    "WeightSyncConfig(verify='never')."
+)
 
 
 class Verifier:
@@ -44,90 +56,95 @@ class Verifier:
         self._dtype = dtype
         self._model = model
         self.verified_by = "nothing"
-        self._refuse_impossible()
+        self._probe: tuple[list[int], list[float]] | None = None
 
-    def _refuse_impossible(self) -> None:
+    def refuse_impossible(self) -> None:
+        """Raises `VerificationError` where the servers can't be verified as is asked for."""
         method = self._config.verify_method
         if method == "checksum" and not self._checksums_exist:
             raise VerificationError(
-                "verify_method='checksum', but only CPU servers of SGLang with /weights_checker "
-                "and tp_size=1 hash in a way that is known here: use 'auto' or 'probe'."
+                "verify_method='checksum', but not every server has SGLang's /weights_checker: "
+                "use 'auto' or 'probe'."
             )
-        if method == "probe" and self._model is None:
-            raise VerificationError(
-                "verify_method='probe' compares with the trainer's model: push a module, or "
-                "register one with scheme.register_model(model)."
-            )
+        if self._model is None and (method == "probe" or not self._checksums_exist):
+            raise VerificationError(NO_MODEL)
 
     @property
     def _checksums_exist(self) -> bool:
-        return all(
-            info.capabilities.checksum and info.device == "cpu" and info.tp_size == 1
-            for info in self._infos
-        )
+        return all(info.capabilities.checksum for info in self._infos)
 
-    def by_checksum(self, workers: Sequence[ControlClient], timeout_s: float) -> None:
-        """Compares every parameter of every server with what was sent, where that is possible.
+    def leave_out(self, urls: Sequence[str]) -> None:
+        """Goes on without servers that were lost."""
+        self._infos = [info for info in self._infos if info.url not in urls]
+
+    def prepare(self) -> None:
+        """Computes what the trainer's model says of the probe, if the probe is to be used.
+
+        For a push from another thread, which must not touch the model.
+        """
+        if not self._checksums_exist or self._config.verify_method == "probe":
+            self._reference()
+
+    def _reference(self) -> tuple[list[int], list[float]]:
+        if self._model is None:
+            raise VerificationError(NO_MODEL)
+        if self._probe is None:
+            embedding = next(t for t in self._weights.values() if t.ndim == 2)
+            ids = probe_ids(embedding.shape[0])
+            scores = reference_log_probs(self._model, self._weights, self._dtype, ids)
+            self._probe = (ids, scores)
+        return self._probe
+
+    def by_checksum(self, engines: Engines) -> None:
+        """Compares every parameter on every rank of every server with what was sent.
+
+        Where a server's layout is not known, such servers are only compared with each other, and
+        `verified_by` stays as it was.
 
         Raises:
-            VerificationError: a parameter differs.
+            VerificationError: a parameter differs; or nothing else but checksums was wanted and
+                they prove nothing here.
             PushError: a server did not answer.
         """
         if self._config.verify_method not in ("auto", "checksum") or not self._checksums_exist:
             return
-        answers = [self._checksums(worker, timeout_s) for worker in workers]
-        if not all(can_check(answer, self._weights) for answer in answers):
-            if self._config.verify_method == "checksum":
-                raise VerificationError(
-                    "the servers fuse their parameters in a way that is not known here: use "
-                    "verify_method='probe'."
-                )
-            return
-        for worker, answer in zip(workers, answers, strict=True):
-            wrong = mismatches(answer, self._weights, self._dtype)
-            if wrong:
-                raise VerificationError(
-                    f"{worker.url} holds other values than were sent in {len(wrong)} of "
-                    f"{len(answer)} parameters: {shown(wrong)}."
-                )
-        self.verified_by = "checksum"
+        body = {"action": "checksum"}
+        given = engines.collect("verify", lambda worker: worker.post("/weights_checker", body))
+        answers = [
+            _parsed(
+                info.url, lambda info=info, answer=answer: parse_checksums(answer, info.tp_size)
+            )
+            for info, answer in zip(self._infos, given, strict=True)
+        ]
+        proof = ChecksumProof(self._weights, self._dtype, self._config_of)
+        unproved = proof.unproved(self._infos, answers)
+        if unproved and self._config.verify_method == "checksum":
+            raise VerificationError(
+                f"checksums prove nothing of {', '.join(unproved)}: {next(iter(unproved.values()))}"
+                ". Use verify_method='auto' or 'probe'."
+            )
+        if not unproved:
+            self.verified_by = "checksum"
 
-    def _checksums(self, worker: ControlClient, timeout_s: float) -> dict[str, str]:
-        try:
-            answer = worker.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
-            checksums: dict[str, str] = answer["ranks"][0]["checksums"]
-        except ServiceError as error:
-            raise PushError(str(error), step="verify", engine=worker.url) from error
-        except (KeyError, TypeError, IndexError) as error:
-            raise PushError(
-                f"no checksums in {str(answer)[:200]!r}", step="verify", engine=worker.url
-            ) from error
-        return checksums
+    def _config_of(self, info: WorkerInfo) -> Any | None:
+        """The config of what a server serves, from the trainer's model or from its path."""
+        inner = unwrap(self._model) if self._model is not None else None
+        return getattr(inner, "config", None) or model_config(info.model_path)
 
-    def by_probe(self, workers: Sequence[ControlClient], timeout_s: float, salt: str) -> None:
+    def by_probe(self, engines: Engines, salt: str) -> None:
         """Scores a prompt on every server, unless the checksums have proved more already.
 
         Raises:
             VerificationError: the scores differ from the trainer's model's.
             PushError: a server did not answer.
         """
-        if self._config.verify_method == "never" or self.verified_by == "checksum":
+        if self.verified_by == "checksum":
             return
-        if self._model is None:
-            raise VerificationError(
-                "these servers can only be verified by a probe, which compares with the trainer's "
-                "model: push a module, register one with scheme.register_model(model), or accept "
-                "unverified pushes with WeightSyncConfig(verify_method='never')."
-            )
-        embedding = next(t for t in self._weights.values() if t.ndim == 2)
-        ids = probe_ids(embedding.shape[0])
-        ours = reference_log_probs(self._model, self._weights, self._dtype, ids)
-        for worker in workers:
-            try:
-                answer = worker.post("/generate", probe_body(ids, salt), timeout_s=timeout_s)
-                theirs = parse_probe(answer, ids)
-            except ServiceError as error:
-                raise PushError(str(error), step="verify", engine=worker.url) from error
+        ids, ours = self._reference()
+        body = probe_body(ids, salt)
+        given = engines.collect("verify", lambda worker: worker.post("/generate", body))
+        for worker, answer in zip(engines.workers, given, strict=True):
+            theirs = _parsed(worker.url, parse_probe, answer, ids)
             worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
             if worst > self._config.probe_tolerance:
                 raise VerificationError(
@@ -135,3 +152,10 @@ class Verifier:
                     f"differ by up to {worst:.3f} (probe_tolerance={self._config.probe_tolerance})."
                 )
         self.verified_by = "probe"
+
+
+def _parsed(url: str, parse: Callable[..., T], *answer: Any) -> T:
+    try:
+        return parse(*answer)
+    except (ServiceError, ValueError) as error:
+        raise push_error(error, "verify", url) from error

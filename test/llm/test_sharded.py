@@ -1,0 +1,157 @@
+"""A trainer of two ranks, sharded by FSDP2, pushes to the shared server."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from fault_proxy import Fault, FaultProxy
+from servers import worst_error
+
+from torchrl_sglang import AsyncSGLang
+from torchrl_sglang.launch.ports import PortReservation
+from torchrl_sglang.weights.sharded import ShardedWeights
+
+PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
+
+TRAINER = """
+import json, pickle, sys, time
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from torchrl_sglang import SGLangWeightSyncScheme, WeightSyncConfig, assist_push
+
+service, path, what = pickle.loads(bytes.fromhex(sys.argv[1]))
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+generator = torch.Generator().manual_seed(5)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1 * parameter.std())
+mesh = init_device_mesh("cpu", (2,))
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+if what == "nan" and rank == 0:
+    with torch.no_grad():
+        model.model.norm.weight.to_local().fill_(float("nan"))
+said = {}
+try:
+    if rank == 0:
+        config = WeightSyncConfig(bucket_bytes=1 << 18, check_finite=True)
+        scheme = SGLangWeightSyncScheme(service, config=config)
+        scheme.init_on_sender()
+        scheme.connect()
+        scheme.send(model)
+        push = scheme.last_push
+        said = {"verified_by": push.verified_by, "buckets": push.num_buckets}
+        scheme.close()
+    else:
+        assist_push(model)
+except Exception as error:
+    said = {"error": f"{type(error).__name__}: {error}"}
+print(json.dumps(said), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def trained(service: AsyncSGLang, path: Any, what: str = "") -> list[dict[str, Any]]:
+    """What each of two ranks said after a push."""
+    told = pickle.dumps((service, str(path), what)).hex()
+    with PortReservation() as port:
+        number = port.port
+    ranks = []
+    for rank in range(2):
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(number), "WORLD_SIZE": "2"}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-c", TRAINER, told],
+                env={**os.environ, **env, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        told_us = [rank.communicate(timeout=90.0) for rank in ranks]
+    finally:
+        for rank in ranks:
+            with rank:
+                rank.kill()
+    assert all(out for out, _ in told_us), [err[-3000:] for _, err in told_us]
+    return [json.loads(out.splitlines()[-1]) for out, _ in told_us]
+
+
+def test_both_ranks_gather_and_one_pushes(
+    service: AsyncSGLang, model: Any, model_path: Any, restore_weights: None
+) -> None:
+    first, second = trained(service, model_path)
+    assert first == {"verified_by": "checksum", "buckets": first["buckets"]}
+    assert first["buckets"] > 3
+    assert second == {}
+    model.float()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * 0.1 * parameter.std())
+    completions = service.generate(PROMPTS, {"max_new_tokens": 24, "ignore_eos": True})
+    assert worst_error(model.bfloat16(), PROMPTS, completions) < 0.02
+
+
+def test_what_is_wrong_is_said_on_both_ranks(service: AsyncSGLang, model_path: Any) -> None:
+    first, second = trained(service, model_path, "nan")
+    assert first["error"].startswith("WeightsError")
+    assert "NaN" in first["error"]
+    assert second["error"].startswith("PushError")
+    assert "rank 0 said: WeightsError" in second["error"]
+    assert service.state.value == "synced"
+
+
+def test_a_server_that_fails_in_mid_push(
+    proxied: AsyncSGLang, proxy: FaultProxy, model_path: Any, restore_weights: None
+) -> None:
+    """The other rank is gathering then; it must not be left alone in it."""
+    proxy.faults["/update_weights_from_distributed"] = Fault(status=500, after=2, times=1)
+    begun = time.monotonic()
+    first, second = trained(proxied, model_path)
+    assert time.monotonic() - begun < 60.0
+    assert "step 'transfer', bucket 2" in first["error"]
+    assert "rank 0 said: PushError" in second["error"]
+
+
+class Lookups(torch.Tensor):
+    """A tensor that counts how often it is gathered."""
+
+    gathered = 0
+
+    def full_tensor(self) -> torch.Tensor:
+        type(self).gathered += 1
+        return self.as_subclass(torch.Tensor)
+
+
+def test_lookups_follow_what_was_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr("torchrl_sglang.weights.sharded.say", said.append)
+    parts = {name: torch.zeros(2).as_subclass(Lookups) for name in "abc"}
+    weights = ShardedWeights({**parts, "plain": torch.ones(3)})
+    weights.announce(["a", "plain", "b", "c"])
+    assert said == [("gather", ["a", "b", "c"])]
+    assert torch.equal(weights["a"], torch.zeros(2))
+    assert torch.equal(weights["plain"], torch.ones(3))
+    with pytest.raises(RuntimeError, match="c is looked up, but b was announced"):
+        weights["c"]
+    weights.drain()
+    assert Lookups.gathered == 3
+    weights["c"]
+    assert said[1:] == [("gather", ["c"])]
