@@ -31,7 +31,7 @@ export PIP_USER := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test test-versions lint format docs clean clean-env
+.PHONY: help env demo test test-faults test-versions lint format docs clean clean-env
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -46,6 +46,10 @@ demo: $(STAMP) ## train a tiny model against a real SGLang server on the CPU
 
 test: $(STAMP) ## run the test suite against a real SGLang server on the CPU
 	$(IN_VENV) -m pytest $(PYTEST_ARGS)
+
+test-faults: $(STAMP) ## every fault at every step of a weight push; writes the table of the docs
+	FAULTS_REPORT=benchmarks/results/faults_cpu.md $(IN_VENV) -m pytest test/llm/test_faults.py \
+		-m 'faults or not faults' $(PYTEST_ARGS)
 
 test-versions: $(STAMP) ## run the tests against older releases of SGLang too (slow, 3 GB for each)
 	VERSIONS='$(VERSIONS)' TORCH_INDEX='$(TORCH_INDEX)' tools/test_versions.sh $(PYTEST_ARGS)

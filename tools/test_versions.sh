@@ -13,11 +13,29 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # What runs: the files whose tests talk to a server started with CPU_SERVER_ARGS of
 # test/llm/servers.py. A test of what an old server lacks says so itself, with `needs` from there.
 TESTS=(
+    test_abort.py
+    test_async.py
+    test_batching.py
     test_collector.py
+    test_extras.py
     test_generate.py
+    test_log_probs_mode.py
     test_lora.py
+    test_media.py
+    test_num_samples.py
+    test_openai.py
+    test_parity.py
     test_policy.py
     test_processors.py
+    test_properties.py
+    test_replicas.py
+    test_retry.py
+    test_row_options.py
+    test_scoring.py
+    test_sessions.py
+    test_skip_tokenizer.py
+    test_turns.py
+    test_vocabulary.py
     test_weights.py
 )
 
