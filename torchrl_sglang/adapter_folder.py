@@ -14,9 +14,9 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from .errors import ConfigError, UnsupportedOptionError
+from .hosts import is_here
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -55,14 +55,9 @@ def adapter_path(path: str | os.PathLike[str], server_urls: Sequence[str]) -> st
         check_folder(folder)
         return os.path.abspath(folder)
     written_as_path = written.startswith((".", "/", "~")) or written.count("/") != 1
-    if not isinstance(path, str) or (written_as_path and all(map(_is_here, server_urls))):
+    if not isinstance(path, str) or (written_as_path and all(map(is_here, server_urls))):
         raise ConfigError(f"there is no folder {written!r} to load an adapter from.")
     return written
-
-
-def _is_here(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def check_folder(folder: Path) -> None:

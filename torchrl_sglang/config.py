@@ -11,7 +11,7 @@ from .errors import ConfigError
 Device = Literal["cpu", "cuda"]
 RouterPolicy = Literal["round_robin", "random", "cache_aware", "power_of_two"]
 PauseMode = Literal["retract", "in_place", "abort"]
-SyncMethod = Literal["auto", "broadcast"]
+SyncMethod = Literal["auto", "broadcast", "tensor", "disk"]
 SyncLayout = Literal["auto", "flattened", "tensors"]
 Verify = Literal["always", "first", "never"]
 VerifyMethod = Literal["auto", "checksum", "probe"]
@@ -168,7 +168,10 @@ class WeightSyncConfig:
     """How weights are pushed.
 
     Attributes:
-        method: ``"broadcast"`` sends over a collective; ``"auto"`` picks.
+        method: ``"broadcast"`` sends over a collective; ``"tensor"`` shares memory with servers on
+            this machine; ``"disk"`` has them load files; ``"auto"`` picks one.
+        folder: where ``"disk"`` writes, as trainer and servers both see it; None for a temporary
+            folder, which servers on this machine can read.
         pause_mode: what happens to requests in flight: ``"retract"`` requeues them, so that they
             go on under the new weights, their prompt and what they have computed anew; in
             ``"in_place"`` they freeze and go on with what they have; ``"abort"`` ends them.
@@ -193,6 +196,7 @@ class WeightSyncConfig:
     """
 
     method: SyncMethod = "auto"
+    folder: str | None = None
     pause_mode: PauseMode = "retract"
     bucket_bytes: int = 2 << 30
     layout: SyncLayout = "auto"

@@ -68,6 +68,8 @@ class WorkerInfo:
         capabilities: what it can do for weight updates.
         features: what it can do for generation.
         vocab_size: ids in its vocabulary; None where nothing tells.
+        quantization: how its weights are quantised; None if they aren't.
+        gpus: numbers of its GPUs, as it counts them; empty on a CPU.
     """
 
     url: str
@@ -86,6 +88,8 @@ class WorkerInfo:
     capabilities: Capabilities
     features: Features = field(default_factory=Features)
     vocab_size: int | None = None
+    quantization: str | None = None
+    gpus: tuple[int, ...] = ()
 
     def check(self, batch: Sequence[GenerateRequest]) -> None:
         """Raises for what the server would refuse, or end at; see `check_ids` for its vocabulary.
@@ -132,6 +136,8 @@ def parse_worker_info(
             max_prompt_tokens=server_info.get("max_req_input_len"),
             weight_version=str(model_info.get("weight_version", INITIAL_VERSION)),
             version=str(server_info.get("version", "unknown")),
+            quantization=server_info.get("quantization"),
+            gpus=_gpus(server_info),
             capabilities=parse_capabilities(openapi),
             features=parse_features(
                 server_info,
@@ -145,6 +151,16 @@ def parse_worker_info(
             f"{url} answers, but not as an SGLang server that this library knows "
             f"({type(error).__name__}: {error}). Supported: SGLang 0.5.10 and later."
         ) from error
+
+
+def _gpus(server_info: Mapping[str, Any]) -> tuple[int, ...]:
+    if server_info.get("device") == "cpu":
+        return ()
+    first, step = int(server_info.get("base_gpu_id") or 0), int(server_info.get("gpu_id_step") or 1)
+    count = int(server_info["tp_size"]) * int(server_info.get("pp_size", 1))
+    if not server_info.get("enable_dp_attention"):
+        count *= int(server_info["dp_size"])
+    return tuple(first + step * index for index in range(count))
 
 
 def parse_worker_urls(answer: object) -> list[str] | None:

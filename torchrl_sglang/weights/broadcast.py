@@ -14,6 +14,7 @@ import torch
 from ..client import ControlClient
 from ..config import Timeouts
 from ..errors import PushError, TopologyError
+from .carrier import Carrier
 from .collective import Rendezvous, TrainerGroup, in_thread
 from .engines import Engines
 from .payload import Layout, Payloads
@@ -33,7 +34,7 @@ NCCL_HELP = (
 )
 
 
-class Broadcast:
+class Broadcast(Carrier):
     """Carries weights to servers over gloo (CPU) or NCCL (GPU).
 
     Args:

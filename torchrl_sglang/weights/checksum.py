@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .hashing import Hash, Sha256Hash, WordHash
+from .lazy import parts_of
 from .shards import Rank, Shard, Slice, shard_of
 
 CHUNK_BYTES = 1 << 26  # what is cast and laid out at once, and so the extra memory, at most twice
@@ -84,7 +85,7 @@ def expected_checksums(
         on_gpu: the server hashes as it does on CUDA devices, not as elsewhere.
         device: where to hash; by default where each tensor is.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(weights).items()}
     return {
         name: _shard_hash(shard_of(name, shapes, rank), weights, dtype, on_gpu, device)
         for name in server_names

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
+from .lazy import LazyWeights
 from .plan import Bucket
-from .sharded import ShardedWeights
 
 NUM_BUFFERS = 2
 # From here on a broadcast per tensor costs less than the copy into one buffer.
@@ -28,10 +28,11 @@ class Payloads:
 
     Args:
         buckets: the plan.
-        weights: the tensors, by name; those of `ShardedWeights` are gathered as they are needed.
+        weights: the tensors, by name; those of `LazyWeights` are made as they are needed.
         dtype: dtype in which they travel.
         device: device that sends.
         layout: see above.
+        buffers: where to copy buckets together, 1-D uint8; made here by default.
     """
 
     def __init__(
@@ -42,20 +43,21 @@ class Payloads:
         dtype: torch.dtype,
         device: torch.device,
         layout: Layout = "auto",
+        buffers: Sequence[torch.Tensor] = (),
     ) -> None:
         self._buckets = buckets
         self._weights = weights
         self._dtype = dtype
         self._device = device
         self.flattened = self._is_flattened(layout)
-        self._buffers: list[torch.Tensor] = []
+        self._buffers = list(buffers)
 
     def _is_flattened(self, layout: Layout) -> bool:
         if layout != "auto":
             return layout == "flattened"
         total = sum(bucket.num_bytes for bucket in self._buckets)
         large = total >= LARGE_TENSOR_BYTES * sum(len(b.tensors) for b in self._buckets)
-        if isinstance(self._weights, ShardedWeights) or not large:
+        if isinstance(self._weights, LazyWeights) or not large:
             return True
         return not all(map(self._is_ready, self._weights.values()))
 
@@ -70,7 +72,7 @@ class Payloads:
         Args:
             after: returns once the payload of that number was sent.
         """
-        if isinstance(self._weights, ShardedWeights):
+        if isinstance(self._weights, LazyWeights):
             self._weights.announce([spec.name for b in self._buckets for spec in b.tensors])
         for index, bucket in enumerate(self._buckets):
             if self.flattened:

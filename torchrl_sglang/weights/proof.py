@@ -10,7 +10,7 @@ import torch
 from ..errors import VerificationError
 from ..info import WorkerInfo
 from .checksum import RankChecksums, disagreements, expected_checksums, mismatches
-from .sharded import parts_of
+from .lazy import parts_of
 from .shards import FAMILIES, Heads, Rank, heads_of, ignored, why_unknown
 from .source import shown
 

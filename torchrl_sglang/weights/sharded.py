@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import PushError, WeightsError
 from .collective import hear, say, trainer_rank
+from .lazy import LazyWeights
 from .source import named_weights, shown
 
 
@@ -29,25 +30,25 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
-class ShardedWeights(Mapping[str, torch.Tensor]):
+class ShardedWeights(LazyWeights):
     """Named tensors of which some are sharded; looking one up gathers it, on all ranks.
 
     Args:
-        weights: the tensors as this rank has them.
+        parts: the tensors as this rank has them.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
-        self._weights = weights
+    def __init__(self, parts: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(parts)
         self._announced: list[str] = []
 
     def announce(self, names: Sequence[str]) -> None:
         """Says in one message which tensors will be looked up next, in this order."""
-        sharded = [name for name in names if is_sharded(self._weights[name])]
+        sharded = [name for name in names if is_sharded(self.parts[name])]
         self._announced += sharded
         say(("gather", sharded))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._weights[name]
+        tensor = self.parts[name]
         if not is_sharded(tensor):
             return tensor
         if not self._announced:
@@ -57,26 +58,10 @@ class ShardedWeights(Mapping[str, torch.Tensor]):
         self._announced.pop(0)
         return whole(tensor)
 
-    @property
-    def parts(self) -> Mapping[str, torch.Tensor]:
-        """The tensors as this rank has them."""
-        return self._weights
-
     def drain(self) -> None:
         """Gathers what was announced and not looked up: the other ranks wait in it."""
         while self._announced:
-            whole(self._weights[self._announced.pop(0)])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
-def parts_of(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Tensors of which shape, dtype and device can be asked without gathering anything."""
-    return weights.parts if isinstance(weights, ShardedWeights) else weights
+            whole(self.parts[self._announced.pop(0)])
 
 
 @contextlib.contextmanager

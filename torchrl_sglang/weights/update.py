@@ -16,7 +16,10 @@ from ..client import ControlClient
 from ..config import WeightSyncConfig
 from ..errors import EngineLostError, NotConnectedError
 from ..info import WorkerInfo
-from .broadcast import Broadcast, sending_device
+from .attempt import attempt
+from .broadcast import sending_device
+from .carrier import Carrier
+from .choose import Choice, choose_method, make_carrier
 from .collective import in_thread
 from .engines import Engines
 from .failure import after_failure
@@ -58,7 +61,8 @@ class WeightPusher:
         self._device = device
         self._model_path = model_path
         self._engines: Engines | None = None
-        self._carrier: Broadcast | None = None
+        self._carrier: Carrier | None = None
+        self._choice: Choice | None = None
         self._connected = False
         self._verified = False
         self._running: Future[PushResult] | None = None
@@ -81,13 +85,19 @@ class WeightPusher:
         self._drop()
         timeouts = self._service.timeouts
         self._engines = Engines(self._workers, self._infos, timeouts.control_s)
-        self._carrier = Broadcast(
+        device = sending_device(self._infos[0].device, self._device)
+        self._choice = choose_method(self.config.method, self._infos, device)
+        self._carrier = make_carrier(
+            self._choice,
             self._engines,
+            device=device,
             address=self._master_address or self._service.get_master_address(),
             port=self._master_port,
-            device=sending_device(self._infos[0].device, self._device),
             layout=self.config.layout,
+            folder=self.config.folder,
+            model_path=self.model_path,
             timeouts=timeouts,
+            owner=self._service,
         )
         self._carrier.connect()
 
@@ -190,7 +200,7 @@ class WeightPusher:
             )
         return make_plan(
             source,
-            model_path=self._model_path or self._service.model_path,
+            model_path=self.model_path,
             infos=self._infos,
             config=self.config,
             reference=reference,
@@ -232,47 +242,25 @@ class WeightPusher:
         if self._carrier is None or not self._carrier.is_connected:
             with timer.measure("join"):
                 self._connect()
-        carrier, engines = self._carrier, self._engines
-        assert carrier is not None and engines is not None
-        paused_at = time.perf_counter()
-        with timer.measure("pause"):
-            engines.post("pause", "/pause_generation", {"mode": self.config.pause_mode})
-        with timer.measure("flush"):
-            flushed = self.config.flushes and engines.flush()
-        with timer.measure("begin"):
-            engines.begin()
-        sent_at = time.perf_counter()
-        layout = carrier.transfer(plan.buckets, plan.weights, plan.dtype, timer)
-        push_s = time.perf_counter() - sent_at
-        with timer.measure("end"):
-            engines.end()
+        carrier, engines, choice = self._carrier, self._engines, self._choice
+        assert carrier is not None and engines is not None and choice is not None
+        carrier.prepare(plan.buckets)
         verifies = self._verifies
-        with timer.measure("verify"):
-            if verifies:
-                plan.verifier.by_checksum(engines)
-        with timer.measure("version"):
-            engines.set_version(plan.version)
-        with timer.measure("continue"):
-            engines.post("continue", "/continue_generation")
-        paused_s = time.perf_counter() - paused_at
-        with timer.measure("verify"):
-            # A paused server can't score, so the probe comes after; our own requests still wait.
-            if verifies:
-                plan.verifier.by_probe(engines, f"probe-{plan.version}")
+        done = attempt(plan, carrier, engines, config=self.config, verifies=verifies, timer=timer)
         self._verified = self._verified or verifies
         return PushResult(
             version=plan.version,
             method=carrier.method,
-            reason="the only method",
-            layout=layout,
+            reason=choice.reason,
+            layout=done.layout,
             num_bytes=sum(bucket.num_bytes for bucket in plan.buckets),
             num_buckets=len(plan.buckets),
             verified_by=plan.verifier.verified_by if verifies else "nothing",
-            flushed=flushed,
+            flushed=done.flushed,
             lost_engines=lost,
             step_s=timer.step_s,
-            push_s=push_s,
-            paused_s=paused_s,
+            push_s=done.push_s,
+            paused_s=done.paused_s,
             total_s=time.perf_counter() - start,
         )
 
@@ -281,6 +269,11 @@ class WeightPusher:
         return self.config.lost_engines == "drop" and known and len(self._workers) > 1
 
     # What is pushed to
+
+    @property
+    def model_path(self) -> str:
+        """Where the served model's config is."""
+        return self._model_path or str(self._service.model_path)
 
     @property
     def _workers(self) -> Sequence[ControlClient]:

@@ -1,0 +1,157 @@
+"""Weights through memory that trainer and servers share, on one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from ..client import ControlClient
+from ..config import Timeouts
+from ..errors import TopologyError
+from ..hosts import is_here
+from .carrier import Carrier
+from .engines import Engines
+from .payload import NUM_BUFFERS, Payloads
+from .plan import FLATTENED, Bucket, plan_ranks
+from .result import StepTimer
+from .shared_memory import allocate_shared, shared_message
+from .watch import push_error, watch
+
+ROUTE = "/update_weights_from_tensor"
+
+Call = Callable[[ControlClient], None]
+
+
+class TensorCarrier(Carrier):
+    """Lets servers of this machine read buckets from the trainer's memory: a GPU's, or the CPU's.
+
+    A bucket is filled while servers load the one before. Servers need no memory of their own.
+
+    Args:
+        engines: the servers.
+        device: where buckets are laid out; a GPU that the servers see, or the CPU.
+        timeouts: bounds on waiting.
+
+    Raises:
+        TopologyError: a server is on another machine, or has data- or pipeline-parallel ranks.
+    """
+
+    method: ClassVar[str] = "tensor"
+
+    def __init__(self, engines: Engines, *, device: torch.device, timeouts: Timeouts) -> None:
+        plan_ranks(engines.infos)
+        far = [worker.url for worker in engines.workers if not is_here(worker.url)]
+        if far:
+            raise TopologyError(
+                f"method='tensor' shares memory with the servers, but {', '.join(far)} is not on "
+                "this machine: push with method='broadcast' or 'disk'."
+            )
+        if engines.infos[0].device != "cpu" and device.type != "cuda":
+            raise TopologyError(
+                "method='tensor' shares a GPU's memory with servers on GPUs, and the weight sync "
+                f"was given device={str(device)!r}: name a GPU, or push with method='disk'."
+            )
+        self._engines = engines
+        self._device = device
+        self._timeouts = timeouts
+        self._connected = False
+        self._buffers: list[torch.Tensor] = []
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether weights can be carried now."""
+        return self._connected
+
+    def connect(self) -> None:
+        """Nothing is needed in advance."""
+        self._connected = True
+
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
+        """Makes the buffers, which later pushes use again; see `Carrier.prepare`."""
+        size = max(bucket.num_bytes for bucket in buckets)
+        count = min(NUM_BUFFERS, len(buckets))
+        if len(self._buffers) >= count and self._buffers[0].numel() >= size:
+            return
+        self._buffers = []
+        self._buffers = [self._allocate(size) for _ in range(count)]
+
+    def transfer(
+        self,
+        buckets: list[Bucket],
+        weights: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        timer: StepTimer,
+    ) -> str:
+        """Carries all buckets; see `Carrier.transfer`."""
+        payloads = Payloads(
+            buckets,
+            weights,
+            dtype=dtype,
+            device=self._device,
+            layout="flattened",
+            buffers=self._buffers,
+        )
+        asked: Mapping[Future[Any], str | None] = {}
+        with timer.measure("transfer"):
+            made = payloads(lambda _: None)  # a buffer is free once the next bucket is announced
+            for index, bucket in enumerate(buckets):
+                try:
+                    [buffer] = next(made)
+                    calls = self._announcements(buffer, bucket)
+                except Exception as error:
+                    raise push_error(error, "transfer", None, index) from error
+                self._wait(asked, index - 1)
+                asked = self._engines.ask(partial(_call_own, calls))
+            self._wait(asked, len(buckets) - 1)
+        return "flattened"
+
+    def _wait(self, asked: Mapping[Future[Any], str | None], index: int) -> None:
+        watch(asked, step="transfer", timeout_s=self._timeouts.transfer_s, bucket=index)
+
+    def _announcements(self, buffer: torch.Tensor, bucket: Bucket) -> dict[str, Call]:
+        """For each server what tells it of a bucket, with a message for each of its ranks."""
+        if buffer.is_cuda:
+            torch.cuda.current_stream(buffer.device).synchronize()
+        return {
+            info.url: _announcement(
+                [shared_message(buffer, bucket.tensors) for _ in range(info.tp_size)],
+                self._timeouts.transfer_s,
+            )
+            for info in self._engines.infos
+        }
+
+    def _allocate(self, num_bytes: int) -> torch.Tensor:
+        if self._device.type == "cuda":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return allocate_shared(num_bytes)
+
+    def drop(self) -> None:
+        """Lets go at once; harmless twice."""
+        self._connected = False
+        self._buffers = []
+
+    close = drop
+
+
+def _call_own(calls: Mapping[str, Call], worker: ControlClient) -> None:
+    calls[worker.url](worker)
+
+
+def _announcement(messages: Sequence[str], timeout_s: float) -> Call:
+    body = {
+        "serialized_named_tensors": list(messages),
+        "load_format": FLATTENED,
+        # As in a broadcast: what is sent along by default is not safe in the middle of a push.
+        "flush_cache": False,
+        "abort_all_requests": False,
+        "weight_version": None,
+    }
+
+    def announce(worker: ControlClient) -> None:
+        worker.post(ROUTE, body, timeout_s=timeout_s)
+
+    return announce
