@@ -137,30 +137,47 @@ class Timeouts:
         start_s: from spawning a server until it is ready; large models load for minutes.
         stop_s: from SIGTERM until a child is killed.
         connect_s: opening a connection, and info requests while attaching.
-        control_s: one control request (pause, flush, begin, end, version, continue).
+        control_s: one control request. In a push these are the steps that take longer the larger
+            the model is: end (quantised weights are packed then) and verify.
+        step_s: one of a push's short steps (pause, flush, begin, version, continue), which take
+            milliseconds: a server makes them between two forward passes. Raise it where one pass
+            takes seconds.
         request_s: one ``generate`` call, retries included.
         retry_s: how long a request that met a broken connection or a 5xx answer is tried again.
         group_s: the collective's rendezvous.
         probe_s: the first broadcast after it, in which NCCL connects.
-        transfer_s: one bucket, from its announcement until the servers have loaded it.
+        transfer_s: most for what is transferred at once, whatever its size.
+        bytes_per_s: the slowest transfer that is not given up, in bytes per second instead of
+            seconds: see `bucket_s`. Lower it where a network is slower than 100 MB/s.
     """
 
     start_s: float = 600.0
     stop_s: float = 15.0
     connect_s: float = 10.0
     control_s: float = 30.0
+    step_s: float = 3.0
     request_s: float = 1800.0
     retry_s: float = 30.0
-    group_s: float = 60.0
+    group_s: float = 3.0
     probe_s: float = 10.0
     transfer_s: float = 300.0
+    bytes_per_s: float = 1e8
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
+            unit = "bytes per second" if name == "bytes_per_s" else "seconds"
             _require(
-                number and value > 0, f"Timeouts.{name} must be positive seconds, got {value!r}."
+                number and value > 0, f"Timeouts.{name} must be positive {unit}, got {value!r}."
             )
+
+    def bucket_s(self, num_bytes: int) -> float:
+        """One bucket of a broadcast, from its announcement until the servers have loaded it.
+
+        Args:
+            num_bytes: its size.
+        """
+        return min(self.transfer_s, self.step_s + num_bytes / self.bytes_per_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +207,8 @@ class WeightSyncConfig:
             except in ``"in_place"``, where servers refuse it and salts alone keep versions apart.
         check_finite: refuse weights with NaN or infinity, before anything is paused.
         lost_engines: what to do when one of several servers dies in a push: ``"raise"``, or
-            ``"drop"`` it, report it, and push to the others.
+            ``"drop"`` it, report it, and push to the others. Over NCCL its death can leave those
+            stuck in a broadcast, which then need a restart as well.
         non_blocking: a push returns once it has its own copy of the weights; the next one, and
             ``wait()``, wait for its end.
     """

@@ -17,8 +17,12 @@ from typing import Any
 import pytest
 import torch
 
+from torchrl_sglang.config import Timeouts
 from torchrl_sglang.errors import LaunchError, PortTakenError
-from torchrl_sglang.weights.collective import Rendezvous, TrainerGroup, in_thread
+from torchrl_sglang.weights.broadcast import operation_s
+from torchrl_sglang.weights.collective import Rendezvous, TrainerGroup
+from torchrl_sglang.weights.sending import WireError
+from torchrl_sglang.weights.threads import in_thread
 
 HOST = "127.0.0.1"
 
@@ -84,13 +88,20 @@ def ranks() -> Iterator[list[Rank]]:
         rank.end()
 
 
-def join(name: str, ranks: list[Rank], timeout_s: float = 20.0) -> TrainerGroup:
+def join(
+    name: str, ranks: list[Rank], timeout_s: float = 20.0, operation_s: float = 20.0
+) -> TrainerGroup:
     """A group of this process and some ranks."""
     rendezvous, size = Rendezvous(HOST, None, timeout_s), len(ranks) + 1
     for number, rank in enumerate(ranks, start=1):
         rank.say("join", HOST, rendezvous.port, name, number, size)
     group = TrainerGroup(
-        rendezvous, name=name, world_size=size, backend="gloo", timeout_s=timeout_s
+        rendezvous,
+        name=name,
+        world_size=size,
+        backend="gloo",
+        timeout_s=timeout_s,
+        operation_s=operation_s,
     )
     assert [rank.hear() for rank in ranks] == ["joined"] * len(ranks)
     return group
@@ -157,7 +168,7 @@ def test_broadcasts_arrive_at_every_rank(
 
 
 def test_a_broadcast_that_nobody_joined_is_freed(ranks: list[Rank], payload: torch.Tensor) -> None:
-    group = join("broken", ranks[:2], timeout_s=6.0)
+    group = join("broken", ranks[:2], operation_s=6.0)
     stuck = broadcast(group, torch.zeros(64 << 20, dtype=torch.uint8))  # more than sockets hold
     with pytest.raises(TimeoutError):
         stuck.result(0.3)
@@ -186,6 +197,54 @@ def test_a_rank_that_dies_ends_the_broadcast(ranks: list[Rank]) -> None:
     until(only_the_undertaker)
 
 
+def test_a_broadcast_may_take_longer_than_the_rendezvous(ranks: list[Rank]) -> None:
+    """What gives a late receiver up is whoever waits, never torch: NCCL's watchdog kills for it."""
+    group = join("slow", ranks[:1], timeout_s=2.0)
+    payload = torch.zeros(64 << 20, dtype=torch.uint8)
+    sent = broadcast(group, payload)
+    with pytest.raises(TimeoutError):
+        sent.result(4.0)
+    ranks[0].say("receive", len(payload))
+    assert error_of(sent, 20.0) is None
+    assert ranks[0].hear() == sha(payload)
+    group.close(broken=False)
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_no_wait_of_ours_is_longer_than_a_broadcast_may_take(backend: str) -> None:
+    for timeouts in (Timeouts(), Timeouts(transfer_s=9e6), Timeouts(group_s=1e3, probe_s=2e3)):
+        waits = (timeouts.group_s, timeouts.probe_s, 2 * timeouts.bucket_s(1 << 60))
+        assert operation_s(backend, timeouts) > max(waits)
+    assert operation_s("nccl", Timeouts()) > 24 * 3600
+
+
+def test_which_payload_failed_and_whose_fault_it_was(ranks: list[Rank]) -> None:
+    """All are sent ahead; the one that is waited for is named, not the last that was started."""
+    killed = Rank()
+    assert killed.hear() == "ready"
+    group = join("number", [killed])
+    payload = torch.zeros(64 << 20, dtype=torch.uint8)
+    sending = group.send(lambda after: iter([[payload]] * 5), device=torch.device("cpu"))
+    killed.say("receive", len(payload))
+    assert killed.hear() == sha(payload)
+    killed.end()
+    assert isinstance(error_of(sending.done), WireError)
+    assert sending.at == 1
+    group.close(broken=True)
+
+
+def test_what_goes_wrong_here_is_not_put_down_to_the_wire(ranks: list[Rank]) -> None:
+    group = join("own", ranks[:1])
+
+    def raising(after: Callable[[int], None]) -> Iterator[list[torch.Tensor]]:
+        raise RuntimeError("no memory")
+        yield []
+
+    sending = group.send(raising, device=torch.device("cpu"))
+    assert type(error_of(sending.done)) is RuntimeError
+    group.close(broken=True)
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_leaving_without_a_broadcast(ranks: list[Rank], broken: bool) -> None:
     group = join(f"idle-{broken}", ranks[:1])
@@ -201,7 +260,12 @@ def test_closing_frees_a_member_that_waits_for_the_others() -> None:
     rendezvous = Rendezvous(HOST, None, 60.0)
     waiting = in_thread(
         lambda: TrainerGroup(
-            rendezvous, name="alone", world_size=2, backend="gloo", timeout_s=60.0
+            rendezvous,
+            name="alone",
+            world_size=2,
+            backend="gloo",
+            timeout_s=60.0,
+            operation_s=60.0,
         ),
         "torchrl_sglang-join",
     )
@@ -216,7 +280,14 @@ def test_nobody_comes_in_time() -> None:
     rendezvous = Rendezvous(HOST, None, 1.0)
     begun = time.monotonic()
     with pytest.raises(RuntimeError):
-        TrainerGroup(rendezvous, name="alone", world_size=2, backend="gloo", timeout_s=1.0)
+        TrainerGroup(
+            rendezvous,
+            name="alone",
+            world_size=2,
+            backend="gloo",
+            timeout_s=1.0,
+            operation_s=60.0,
+        )
     assert time.monotonic() - begun < 10.0
     rendezvous.close()
 

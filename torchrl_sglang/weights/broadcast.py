@@ -15,18 +15,22 @@ from ..client import ControlClient
 from ..config import Timeouts
 from ..errors import PushError, TopologyError
 from .carrier import Carrier
-from .collective import Rendezvous, TrainerGroup, in_thread
+from .collective import Rendezvous, TrainerGroup
 from .engines import Engines
 from .payload import Layout, Payloads
 from .plan import FLATTENED, Bucket, plan_ranks
 from .result import StepTimer
-from .watch import push_error, watch
+from .threads import in_thread
+from .watch import watch
 
 ROUTE = "/update_weights_from_distributed"
 # What SGLang's models pass over in a checkpoint: an announced tensor that changes nothing.
 PROBE_NAME = "model.layers.0.self_attn.rotary_emb.inv_freq"
 # A server that does not answer shall be named before the trainer's end runs out of time too.
 JOIN_LAG_S = 2.0
+# Of one broadcast over NCCL: never reached, since torch ends the whole process when it is.
+NCCL_OPERATION_S = 7 * 24 * 3600.0
+CLEAN_UP_S = 2.0  # how long a server has for what nobody waits for
 NCCL_HELP = (
     "Trainer and server must agree on NCCL_CUMEM_ENABLE: a server that was started by hand sets 0 "
     "for itself, so start it with NCCL_CUMEM_ENABLE=1 in its environment, or the trainer with "
@@ -95,25 +99,28 @@ class Broadcast(Carrier):
         timeout_s = self._timeouts.group_s
         rendezvous = Rendezvous(self._address, self._port, timeout_s + JOIN_LAG_S)
         invited = self._invite(rendezvous, name)
-        joined = in_thread(
-            lambda: TrainerGroup(
-                rendezvous,
-                name=name,
-                world_size=self._ranks.world_size,
-                backend=self._backend,
-                timeout_s=timeout_s + JOIN_LAG_S,
-            ),
-            "torchrl_sglang-join",
-        )
+        joined = in_thread(lambda: self._join(rendezvous, name), "torchrl_sglang-join")
         try:
             watch({**invited, joined: None}, step="init", timeout_s=timeout_s)
         except BaseException:
             rendezvous.close()
+            joined.add_done_callback(_leave)  # it may have joined all the same, or still do so
+            self._forget(name)
             self._engines.close()
             raise
         self._group = joined.result()
         if self._backend == "nccl":
             self._probe()
+
+    def _join(self, rendezvous: Rendezvous, name: str) -> TrainerGroup:
+        return TrainerGroup(
+            rendezvous,
+            name=name,
+            world_size=self._ranks.world_size,
+            backend=self._backend,
+            timeout_s=self._timeouts.group_s + JOIN_LAG_S,
+            operation_s=operation_s(self._backend, self._timeouts),
+        )
 
     def _invite(self, rendezvous: Rendezvous, name: str) -> dict[Future[Any], str | None]:
         offsets = {
@@ -153,6 +160,7 @@ class Broadcast(Carrier):
             self._engines.end()
         except BaseException as error:
             self.drop()
+            self._tell("/end_weight_update", {})
             if not isinstance(error, PushError):
                 raise
             said = f"the first broadcast over NCCL did not get through: {error}. {NCCL_HELP}"
@@ -183,10 +191,10 @@ class Broadcast(Carrier):
         if group is None:
             raise PushError("the group is gone", step="transfer", bucket=0)
         payloads = Payloads(buckets, weights, dtype=dtype, device=self._device, layout=self._layout)
-        timeout_s = self._timeouts.transfer_s
         with timer.measure("transfer"):
             sending = group.send(payloads, device=self._device)
             for index, bucket in enumerate(buckets):
+                timeout_s = self._timeouts.bucket_s(bucket.num_bytes)
                 body = bucket.announcement(group.name)
                 body["load_format"] = FLATTENED if payloads.flattened else None
                 watch(
@@ -195,12 +203,16 @@ class Broadcast(Carrier):
                     timeout_s=timeout_s,
                     bucket=index,
                     beside=sending.done,
-                    bucket_beside=lambda: sending.num_started,
+                    bucket_beside=lambda: sending.at,
                 )
-            try:
-                sending.done.result(timeout_s)
-            except BaseException as error:
-                raise push_error(error, "transfer", None, sending.num_sent) from error
+            watch(
+                {sending.done: None},
+                step="transfer",
+                timeout_s=self._timeouts.step_s,
+                bucket=len(buckets) - 1,
+                beside=sending.done,
+                bucket_beside=lambda: sending.at,
+            )
         return "flattened" if payloads.flattened else "tensors"
 
     # Leaving
@@ -210,6 +222,7 @@ class Broadcast(Carrier):
         group, self._group = self._group, None
         if group is not None:
             group.close(broken=True)
+            self._forget(group.name)
 
     def close(self) -> None:
         """Leaves the group, on both sides; harmless twice."""
@@ -217,7 +230,7 @@ class Broadcast(Carrier):
         if group is None:
             return
         body = {"group_name": group.name}
-        timeout_s = self._timeouts.control_s
+        timeout_s = self._timeouts.step_s
         # NCCL ends a communicator only when all ranks do, so no side may wait for another.
         ends = self._engines.ask(
             lambda w: w.post("/destroy_weights_update_group", body, timeout_s=timeout_s)
@@ -225,6 +238,36 @@ class Broadcast(Carrier):
         ends[in_thread(lambda: group.close(broken=False), "torchrl_sglang-leave")] = None
         with contextlib.suppress(PushError):  # a server that is gone has left already
             watch(ends, step="close", timeout_s=timeout_s)
+
+    def _forget(self, name: str) -> None:
+        """Has the servers give back what a group took that came to nothing, if they can.
+
+        Over gloo only: NCCL ends a communicator when all ranks do, so a server that is told to can
+        hang in it, and then takes no other group.
+        """
+        if self._backend == "gloo":
+            self._tell("/destroy_weights_update_group", {"group_name": name})
+
+    def _tell(self, path: str, body: Mapping[str, Any]) -> None:
+        """Posts to every server from threads that nothing waits for; answers don't matter."""
+        for worker in self._engines.workers:
+            in_thread(
+                lambda w=worker: w.post(path, body, timeout_s=CLEAN_UP_S), "torchrl_sglang-tell"
+            )
+
+
+def operation_s(backend: str, timeouts: Timeouts) -> float:
+    """How long one broadcast may take: longer than anything that this process waits for one.
+
+    Broadcasts are started ahead, so that one waits for the bucket before it too.
+    """
+    longest = 2 * timeouts.transfer_s + timeouts.group_s + timeouts.probe_s
+    return longest if backend == "gloo" else max(NCCL_OPERATION_S, longest)
+
+
+def _leave(joined: Future[TrainerGroup]) -> None:
+    if joined.exception() is None:
+        joined.result().close(broken=True)
 
 
 def _announce(body: Mapping[str, Any], timeout_s: float, worker: ControlClient) -> None:

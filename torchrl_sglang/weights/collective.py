@@ -7,7 +7,7 @@ import datetime
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -20,14 +20,19 @@ from torch.distributed.distributed_c10d import (
     PrefixStore,
     _get_default_group,
     _new_process_group_helper,
+    _set_pg_timeout,
     _world,
+    all_gather_object,
     broadcast_object_list,
     destroy_process_group,
     get_rank,
+    get_world_size,
     is_initialized,
 )
 
 from ..errors import PortTakenError
+from .sending import MakePayloads, Sending, on_the_wire
+from .threads import in_thread
 
 POLL_S = 0.0002
 LEAVE_S = 1.0  # a timed wait of this length frees a broadcast that nobody joined
@@ -87,26 +92,6 @@ def _listen(address: str, port: int | None) -> socket.socket:
     return listener
 
 
-# Given a function that returns (or, on a GPU, holds the stream) until payload number so and so was
-# sent, yields the tensors of one payload after another.
-MakePayloads = Callable[[Callable[[int], None]], Iterable[Sequence[torch.Tensor]]]
-
-
-class Sending:
-    """Payloads on their way.
-
-    Attributes:
-        done: finished when all were sent; holds the error if one was not.
-        num_started: payloads whose broadcast was started.
-        num_sent: payloads that were sent.
-    """
-
-    def __init__(self) -> None:
-        self.done: Future[None] = Future()
-        self.num_started = 0
-        self.num_sent = 0
-
-
 class TrainerGroup:
     """Rank 0 of the collective.
 
@@ -116,15 +101,27 @@ class TrainerGroup:
         world_size: all ranks, this one included.
         backend: ``"gloo"`` or ``"nccl"``.
         timeout_s: bound on the rendezvous.
+        operation_s: bound on one broadcast. NCCL's watchdog ends the whole process where it is
+            exceeded, so it has to be larger than what anybody waits for a broadcast. With gloo a
+            broadcast that nobody joined occupies memory and a thread for so long.
     """
 
     def __init__(
-        self, rendezvous: Rendezvous, *, name: str, world_size: int, backend: str, timeout_s: float
+        self,
+        rendezvous: Rendezvous,
+        *,
+        name: str,
+        world_size: int,
+        backend: str,
+        timeout_s: float,
+        operation_s: float,
     ) -> None:
         self.name = name
         self._rendezvous = rendezvous
         self._left = threading.Event()
-        self._timeout_s = timeout_s
+        # A broadcast of gloo's ends by its own bound at the latest. NCCL's ends by the abort; one
+        # that does not is never going to.
+        self._bury_s = operation_s + timeout_s if backend == "gloo" else 2 * timeout_s
         self._works: list[Any] = []
         self._sent: Future[None] | None = None
         # SGLang builds its side with the same helper, under the same prefixes.
@@ -140,6 +137,7 @@ class TrainerGroup:
             )[0]
         # destroy_process_group expects the entry that new_group would have made.
         _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
+        _set_pg_timeout(datetime.timedelta(seconds=operation_s), self._group)
 
     def send(self, make_payloads: MakePayloads, *, device: torch.device) -> Sending:
         """Broadcasts payload after payload to all ranks, each as soon as it is made.
@@ -168,10 +166,12 @@ class TrainerGroup:
 
         def after(index: int) -> None:
             """Lets a payload's memory be written again: what follows waits until it was sent."""
+            sending.at = index
             if on_gpu:
                 works[index].wait()  # holds the stream, not this thread
             else:
                 self._finish(works[index])
+            sending.at = len(works)
 
         try:
             for tensors in make_payloads(after):
@@ -179,12 +179,11 @@ class TrainerGroup:
                     self._check_not_left()
                     work = self._start(tensor)
                 works.append(work)
-                sending.num_started += 1
+                sending.at = len(works)
             if on_gpu and works:
                 works[-1].wait()
-            for work in works:
+            for sending.at, work in enumerate(works):
                 self._finish(work)
-                sending.num_sent += 1
         finally:
             work = None  # an error's traceback keeps this frame; see _bury for why that matters
 
@@ -192,16 +191,18 @@ class TrainerGroup:
         options = BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        return self._group.broadcast([tensor], options)
+        with on_the_wire():
+            return self._group.broadcast([tensor], options)
 
     def _finish(self, work: Any) -> None:
         """Waits for a broadcast, unless the group is left meanwhile."""
-        while not work.is_completed():
-            if self._left.is_set():
-                work.wait(datetime.timedelta(seconds=LEAVE_S))
-                self._check_not_left()
-            time.sleep(POLL_S)
-        work.wait()
+        with on_the_wire():
+            while not work.is_completed():
+                if self._left.is_set():
+                    work.wait(datetime.timedelta(seconds=LEAVE_S))
+                    self._check_not_left()
+                time.sleep(POLL_S)
+            work.wait()
 
     def _check_not_left(self) -> None:
         if self._left.is_set():
@@ -233,7 +234,7 @@ class TrainerGroup:
         if self._sent is not None:
             wait([self._sent], 5 * LEAVE_S)
         self._group.abort()
-        deadline = time.monotonic() + 2 * self._timeout_s
+        deadline = time.monotonic() + self._bury_s
         while not all(work.is_completed() for work in self._works):
             if time.monotonic() > deadline:
                 return
@@ -265,20 +266,6 @@ def _nothing_to_split() -> Iterator[None]:
         default.bound_device_id = bound
 
 
-def in_thread(call: Any, name: str) -> Future[Any]:
-    """Runs a call in a daemon thread of its own, which nothing waits for at exit."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future
-
-
 def trainer_rank() -> int:
     """This process's rank among those that train together; 0 where it trains alone."""
     return get_rank() if is_initialized() else 0
@@ -287,6 +274,15 @@ def trainer_rank() -> int:
 def say(message: tuple[Any, ...]) -> None:
     """From the trainer's rank 0 to its other ranks."""
     broadcast_object_list([message], src=0)
+
+
+def gathered(answer: Any) -> list[Any]:
+    """What every rank of the trainer answers, in their order; all ranks have to call it."""
+    if not is_initialized():
+        return [answer]
+    answers: list[Any] = [None] * get_world_size()
+    all_gather_object(answers, answer)
+    return answers
 
 
 def hear() -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..completions import INITIAL_VERSION
 from ..errors import ConfigError, VersionError
-from .collective import in_thread
+from .threads import in_thread
 from .watch import watch
 
 ASK_S = 2.0
