@@ -85,7 +85,8 @@ def untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     kept: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         identity = (local(tensor).data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if tensor.numel() and not tensor.is_meta and identity in seen:
+        # The empty part of a sharded tensor has no address that could tell.
+        if local(tensor).numel() and not tensor.is_meta and identity in seen:
             continue
         seen.add(identity)
         kept[name] = tensor
