@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 
 from ..config import WeightSyncConfig
+from ..errors import PushError
 from .carrier import Carrier
 from .engines import Engines
 from .planned import Plan
@@ -67,7 +69,21 @@ def attempt(
         engines.post("continue", "/continue_generation")
     paused_s = time.perf_counter() - paused_at
     with timer.measure("verify"):
-        # A paused server can't score, so the probe comes after; our own requests still wait.
         if verifies:
-            plan.verifier.by_probe(engines, f"probe-{plan.version}")
+            _probe(plan, engines)
     return Attempt(layout=layout, flushed=flushed, push_s=push_s, paused_s=paused_s)
+
+
+def _probe(plan: Plan, engines: Engines) -> None:
+    """Verifies what checksums left open; a paused server can't score, so the servers run by now.
+
+    Our own requests still wait. What others sent, and what was in flight before, runs on weights
+    that are not proved yet: under the new version, so that it can be told from what the old weights
+    gave. If the proof fails, it does not go on with the weights of the next push.
+    """
+    try:
+        plan.verifier.by_probe(engines, f"probe-{plan.version}")
+    except BaseException:
+        with contextlib.suppress(PushError):
+            engines.post("verify", "/pause_generation", {"mode": "abort"})
+        raise

@@ -16,6 +16,39 @@ from .source import shown
 
 Answer = Sequence[RankChecksums]
 
+DP_ATTENTION = "how data-parallel attention divides a model is not known here"
+
+
+def why_unprovable(
+    info: WorkerInfo, shapes: Mapping[str, Sequence[int]], config: Any | None
+) -> str | None:
+    """Why checksums can't prove a push to an engine, as far as that is known without asking it.
+
+    Args:
+        info: the engine.
+        shapes: names and shapes of what will be sent.
+        config: the model config of what it serves, or None.
+    """
+    if info.dp_attention:
+        return DP_ATTENTION
+    if info.quantization:
+        return f"it stores its weights quantised ({info.quantization})"
+    if info.features.lora:
+        return "its layers are wrapped for LoRA adapters, under other names"
+    return why_unknown(
+        shapes,
+        shapes,
+        family=family_of(info, config),
+        tp_size=info.tp_size,
+        heads=heads_of(config),
+        on_cpu=info.device == "cpu",
+    )
+
+
+def family_of(info: WorkerInfo, config: Any | None) -> str | None:
+    """The ``model_type`` of what an engine serves."""
+    return info.model_type or getattr(config, "model_type", None)
+
 
 class ChecksumProof:
     """Compares answers with what was sent; engines alike cost one computation.
@@ -68,7 +101,7 @@ class ChecksumProof:
             VerificationError: it does not.
         """
         config = self._config_of(info)
-        family = info.model_type or getattr(config, "model_type", None)
+        family = family_of(info, config)
         heads = heads_of(config)
         for rank in answer:
             unknown = self._why_unknown(info, rank, family, heads)
@@ -93,7 +126,7 @@ class ChecksumProof:
         self, info: WorkerInfo, rank: RankChecksums, family: str | None, heads: Heads | None
     ) -> str | None:
         if info.dp_attention:
-            return "how data-parallel attention divides a model is not known here"
+            return DP_ATTENTION
         lost = ignored(rank.checksums, self._shapes) if family in FAMILIES else []
         if lost:
             raise VerificationError(

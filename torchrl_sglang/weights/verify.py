@@ -14,8 +14,10 @@ from ..info import WorkerInfo
 from .checksum import parse_checksums
 from .engines import Engines
 from .expected import model_config
+from .lazy import parts_of
 from .probe import parse_probe, probe_body, probe_ids, reference_log_probs
-from .proof import ChecksumProof
+from .proof import ChecksumProof, family_of, why_unprovable
+from .shards import FAMILIES
 from .source import unwrap
 from .watch import push_error
 
@@ -55,6 +57,8 @@ class Verifier:
         self._weights = weights
         self._dtype = dtype
         self._model = model
+        self._model_config = getattr(unwrap(model), "config", None) if model is not None else None
+        self._unproved = ""
         self.verified_by = "nothing"
         self._probe: tuple[list[int], list[float]] | None = None
 
@@ -66,29 +70,57 @@ class Verifier:
                 "verify_method='checksum', but not every server has SGLang's /weights_checker: "
                 "use 'auto' or 'probe'."
             )
-        if self._model is None and (method == "probe" or not self._checksums_exist):
-            raise VerificationError(NO_MODEL)
+        if method == "checksum":
+            for info in self._infos:
+                if reason := self._why_unprovable(info):
+                    raise VerificationError(
+                        f"checksums can't prove a push to {info.url}: {reason}. Use "
+                        "verify_method='auto' or 'probe'."
+                    )
+        elif self._model is None:
+            doubts = self._doubts()
+            if method == "probe" or doubts:
+                raise VerificationError(f"{doubts[0]} {NO_MODEL}" if doubts else NO_MODEL)
 
     @property
     def _checksums_exist(self) -> bool:
         return all(info.capabilities.checksum for info in self._infos)
 
-    def leave_out(self, urls: Sequence[str]) -> None:
-        """Goes on without servers that were lost."""
-        self._infos = [info for info in self._infos if info.url not in urls]
+    def _doubts(self) -> list[str]:
+        """Why it is not certain that checksums will prove the push."""
+        if not self._checksums_exist:
+            return ["Not every server has SGLang's /weights_checker."]
+        reasons = {info.url: self._why_unprovable(info) for info in self._infos}
+        for info in self._infos:
+            family = family_of(info, self._config_of(info))
+            if reasons[info.url] is None and family not in FAMILIES:
+                reasons[info.url] = (
+                    f"how SGLang stores a {family!r} model is not known here (if it does as the "
+                    "checkpoint does, verify_method='checksum' will do)"
+                )
+        return [f"Checksums may not prove {u}: {why}." for u, why in reasons.items() if why]
+
+    def _why_unprovable(self, info: WorkerInfo) -> str | None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(self._weights).items()}
+        return why_unprovable(info, shapes, self._config_of(info))
 
     def prepare(self) -> None:
-        """Computes what the trainer's model says of the probe, if the probe is to be used.
+        """Computes what the trainer's model says of the probe, if the probe may be needed.
 
-        For a push from another thread, which must not touch the model.
+        For a push from another thread. The model is let go of: that thread must not touch it.
+
+        Raises:
+            VerificationError: there is no model.
         """
-        if not self._checksums_exist or self._config.verify_method == "probe":
+        method = self._config.verify_method
+        if method == "probe" or (method == "auto" and self._doubts()):
             self._reference()
+        self._model = None
 
     def _reference(self) -> tuple[list[int], list[float]]:
-        if self._model is None:
-            raise VerificationError(NO_MODEL)
         if self._probe is None:
+            if self._model is None:
+                raise VerificationError(f"{self._unproved} {NO_MODEL}".strip())
             embedding = next(t for t in self._weights.values() if t.ndim == 2)
             ids = probe_ids(embedding.shape[0])
             scores = reference_log_probs(self._model, self._weights, self._dtype, ids)
@@ -114,22 +146,21 @@ class Verifier:
             _parsed(
                 info.url, lambda info=info, answer=answer: parse_checksums(answer, info.tp_size)
             )
-            for info, answer in zip(self._infos, given, strict=True)
+            for info, answer in zip(engines.infos, given, strict=True)
         ]
         proof = ChecksumProof(self._weights, self._dtype, self._config_of)
-        unproved = proof.unproved(self._infos, answers)
-        if unproved and self._config.verify_method == "checksum":
-            raise VerificationError(
-                f"checksums prove nothing of {', '.join(unproved)}: {next(iter(unproved.values()))}"
-                ". Use verify_method='auto' or 'probe'."
-            )
-        if not unproved:
+        unproved = proof.unproved(engines.infos, answers)
+        if unproved:
+            reason = next(iter(unproved.values()))
+            self._unproved = f"Checksums prove nothing of {', '.join(unproved)}: {reason}."
+            if self._config.verify_method == "checksum":
+                raise VerificationError(f"{self._unproved} Use verify_method='auto' or 'probe'.")
+        else:
             self.verified_by = "checksum"
 
     def _config_of(self, info: WorkerInfo) -> Any | None:
         """The config of what a server serves, from the trainer's model or from its path."""
-        inner = unwrap(self._model) if self._model is not None else None
-        return getattr(inner, "config", None) or model_config(info.model_path)
+        return self._model_config or model_config(info.model_path)
 
     def by_probe(self, engines: Engines, salt: str) -> None:
         """Scores a prompt on every server, unless the checksums have proved more already.
