@@ -228,10 +228,15 @@ class EngineLostError(PushError, ConnectionError):
     """An engine failed a push because it is gone: nothing listens at its address any more."""
 
     @classmethod
-    def of(cls, error: PushError) -> Self:
-        """The same failure, of an engine that was found gone."""
+    def of(cls, error: PushError, engine: str | None = None) -> Self:
+        """The same failure, of an engine that was found gone.
+
+        Args:
+            error: the failure.
+            engine: the engine, if it is not the one that the failure was put down to.
+        """
         said = f"the engine is gone: nothing listens there any more ({error.__cause__ or error})"
-        made = cls(said, step=error.step, engine=error.engine, bucket=error.bucket)
+        made = cls(said, step=error.step, engine=engine or error.engine, bucket=error.bucket)
         made.__cause__ = error
         return made
 

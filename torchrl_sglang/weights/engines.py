@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from ..client import ControlClient
-from ..errors import RequestRefusedError
+from ..errors import RequestRefusedError, ServiceError
 from ..info import WorkerInfo
 from .watch import watch
 
 Call = Callable[[ControlClient], Any]
+
+# How long a session that somebody else opened is waited for, before it is taken for a dead one's.
+TAKE_OVER_S = 1.0
+TAKE_OVER_POLL_S = 0.05
 
 
 class Courier:
@@ -58,6 +64,32 @@ def _carry_out(
         del order, call, future
 
 
+def _begin(timeout_s: float, worker: ControlClient) -> None:
+    deadline, waited = time.monotonic() + TAKE_OVER_S, False
+    while not _opens(timeout_s, worker):
+        waited = True
+        if time.monotonic() > deadline:
+            worker.post("/end_weight_update", timeout_s=timeout_s)
+            worker.post("/begin_weight_update", timeout_s=timeout_s)
+            return
+        time.sleep(TAKE_OVER_POLL_S)
+    if waited:
+        # Its trainer goes on with the version and lets the server go, in the middle of this push.
+        worker.post("/end_weight_update", timeout_s=timeout_s)
+        raise ServiceError(
+            "another process was pushing to this server: one trainer at a time can, and its push "
+            "and this one may both be incomplete. Push again once the other has stopped."
+        )
+
+
+def _opens(timeout_s: float, worker: ControlClient) -> bool:
+    try:
+        worker.post("/begin_weight_update", timeout_s=timeout_s)
+    except RequestRefusedError:
+        return False
+    return True
+
+
 class Engines:
     """The servers that a push goes to.
 
@@ -65,14 +97,20 @@ class Engines:
         workers: a client per server.
         infos: what each says of itself, in the same order.
         timeout_s: bound on one order.
+        step_s: bound on one of those that take milliseconds; the same by default.
     """
 
     def __init__(
-        self, workers: Sequence[ControlClient], infos: Sequence[WorkerInfo], timeout_s: float
+        self,
+        workers: Sequence[ControlClient],
+        infos: Sequence[WorkerInfo],
+        timeout_s: float,
+        step_s: float | None = None,
     ) -> None:
         self.workers = tuple(workers)
         self.infos = tuple(infos)
         self.timeout_s = timeout_s
+        self.step_s = min(timeout_s, step_s or timeout_s)
         self._couriers: list[Courier] = []
 
     @property
@@ -106,28 +144,25 @@ class Engines:
         return [answer.result() for answer in asked]
 
     def post(self, step: str, path: str, body: Mapping[str, Any] | None = None) -> None:
-        """Posts to every server; errors as in `do`."""
-        self.do(step, lambda worker: worker.post(path, body, timeout_s=self.timeout_s))
+        """Posts to every server what takes milliseconds; errors as in `do`."""
+        self.do(step, lambda w: w.post(path, body, timeout_s=self.step_s), self.step_s)
 
     def begin(self) -> None:
-        """Opens an update session where servers have them; errors as in `do`."""
-        if not self.has_session:
-            return
+        """Opens an update session where servers have them; errors as in `do`.
 
-        def begin(worker: ControlClient) -> None:
-            try:
-                worker.post("/begin_weight_update")
-            except RequestRefusedError:
-                # A trainer that died left its session open.
-                worker.post("/end_weight_update")
-                worker.post("/begin_weight_update")
+        One that a trainer left open when it died is taken over. It looks like that of a trainer
+        which pushes in this moment, but that one ends its session soon.
 
-        self.do("begin", begin)
+        Raises:
+            PushError: also where another process has pushed meanwhile.
+        """
+        if self.has_session:
+            self.do("begin", partial(_begin, self.step_s), self.step_s + TAKE_OVER_S)
 
     def end(self) -> None:
         """Closes the update session; errors as in `do`."""
         if self.has_session:
-            self.post("end", "/end_weight_update")
+            self.do("end", lambda w: w.post("/end_weight_update", timeout_s=self.timeout_s))
 
     def flush(self) -> bool:
         """Empties the prefix caches of paused servers; whether all are empty now.
@@ -143,13 +178,13 @@ class Engines:
 
         def flush(worker: ControlClient) -> None:
             try:
-                worker.post("/flush_cache")
+                worker.post("/flush_cache", timeout_s=self.step_s)
             except RequestRefusedError:
                 if not may_refuse:
                     raise
                 refused.append(worker.url)
 
-        self.do("flush", flush)
+        self.do("flush", flush, self.step_s)
         return not refused
 
     def set_version(self, version: int) -> None:

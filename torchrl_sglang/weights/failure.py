@@ -2,47 +2,98 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 
 from ..client import ControlClient
 from ..errors import EngineLostError, PushError
-from .collective import in_thread
+from .sending import WireError
+from .threads import in_thread
 from .watch import broke_connection
 
-DYING_CHECKS = 5
-DYING_S = 0.1
-LIVENESS_S = 2.0  # how long a server has to say that it lives, and to pause again
+DYING_S = 0.5  # a process that dies closes its listener last
+# A server whose scheduler died notices within a second, and ends itself then.
+DYING_PARTLY_S = 2.5
+DYING_POLL_S = 0.1
+LIVENESS_S = 1.5  # how long a server has to say that it lives, and to pause again
+STUCK = (
+    "gave no answer afterwards either. If the next push fails there too, it is stuck, in a "
+    "broadcast that ended without it for instance, and has to be started again"
+)
 
 
-def after_failure(error: BaseException, workers: Sequence[ControlClient]) -> BaseException:
+def after_failure(
+    error: BaseException, workers: Sequence[ControlClient], *, in_session: bool = False
+) -> BaseException:
     """Pauses all servers again, and finds out whether the one that failed is gone.
 
-    A server may have gone on already, when another failed to. Takes `LIVENESS_S` at most.
+    A server may have gone on already, when another failed to. Takes `LIVENESS_S` or
+    `DYING_PARTLY_S` at most.
+
+    Args:
+        error: what failed.
+        workers: all servers.
+        in_session: an update session may be open, which is closed.
 
     Returns:
-        The error, or an `EngineLostError` where nothing listens at the engine's address any more.
+        The error, or an `EngineLostError` where nothing listens at an engine's address any more. It
+        says so if an engine does not answer the pause.
     """
 
     def pause(worker: ControlClient) -> None:
         worker.post("/pause_generation", {"mode": "retract"}, timeout_s=LIVENESS_S)
+        if in_session:
+            worker.post("/end_weight_update", timeout_s=LIVENESS_S)
 
-    pauses = [in_thread(lambda w=w: pause(w), "torchrl_sglang-pause") for w in workers]
-    failed = [worker for worker in workers if worker.url == getattr(error, "engine", None)]
-    if isinstance(error, PushError) and _is_gone(error, failed):
-        error = EngineLostError.of(error)
-    for paused in pauses:
-        with contextlib.suppress(Exception):
-            paused.result(LIVENESS_S)
+    pauses = {in_thread(lambda w=w: pause(w), "torchrl_sglang-pause"): w for w in workers}
+    deadline = time.monotonic() + LIVENESS_S
+    error = with_its_cause(error, workers)
+    wait(pauses, max(0.0, deadline - time.monotonic()))
+    if isinstance(error, PushError):
+        _add_stuck(error, pauses)
     return error
 
 
-def _is_gone(error: PushError, failed: Sequence[ControlClient]) -> bool:
-    if not failed or not broke_connection(error):
-        return False
-    for _ in range(DYING_CHECKS):  # a process that dies closes its listener last
-        if not failed[0].listens(LIVENESS_S):
-            return True
-        time.sleep(DYING_S)
-    return False
+def with_its_cause(error: BaseException, workers: Sequence[ControlClient]) -> BaseException:
+    """The error, or an `EngineLostError` where nothing listens at an engine's address any more.
+
+    Where a broadcast broke, or an engine refused it, another engine's death may be behind it.
+    """
+    if not isinstance(error, PushError):
+        return error
+    failed = [worker for worker in workers if worker.url == error.engine]
+    others = [worker for worker in workers if worker.url != error.engine]
+    lost = None
+    if failed and broke_connection(error):
+        lost = _first_gone([*failed, *others], DYING_S)
+    elif error.step == "transfer" and _may_be_anothers(error):
+        lost = _first_gone(others, DYING_PARTLY_S)
+    return error if lost is None else EngineLostError.of(error, lost)
+
+
+def _may_be_anothers(error: PushError) -> bool:
+    return error.engine is not None or isinstance(error.__cause__, WireError)
+
+
+def _first_gone(workers: Sequence[ControlClient], within_s: float) -> str | None:
+    """URL of the first at which nothing listens any more."""
+    deadline = time.monotonic() + within_s
+    while workers and time.monotonic() < deadline:
+        for worker in workers:
+            if not worker.listens(LIVENESS_S):
+                return worker.url
+        time.sleep(DYING_POLL_S)
+    return None
+
+
+def _add_stuck(error: PushError, pauses: dict[Future[None], ControlClient]) -> None:
+    """Has the message name the engines that live and don't answer."""
+    silent = [
+        worker.url
+        for paused, worker in pauses.items()
+        if not (isinstance(error, EngineLostError) and worker.url == error.engine)
+        and not (paused.done() and not isinstance(paused.exception(), TimeoutError))
+    ]
+    if silent:
+        error.args = (f"{error.args[0]} ({', '.join(silent)} {STUCK}.)",)
