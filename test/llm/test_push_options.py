@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -15,12 +16,14 @@ from servers import hf_log_probs, needs_version_spans, perturb, worst_error
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import (
     PushError,
+    RequestAbortedError,
     ServiceBrokenError,
     VerificationError,
     WeightsError,
 )
-from torchrl_sglang.weights.collective import in_thread
+from torchrl_sglang.weights.broadcast import Broadcast
 from torchrl_sglang.weights.engines import Engines
+from torchrl_sglang.weights.threads import in_thread
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 24, "ignore_eos": True}
@@ -111,6 +114,57 @@ def test_a_probe_without_a_model_is_refused_before_anything_is_touched(
         scheme.send(dict(model.named_parameters()))
     assert posts(proxy, "/pause_generation") == 0
     assert proxied.state is ServiceState.SYNCED
+
+
+def test_an_unknown_layout_without_a_model_is_refused_before_anything_is_touched(
+    proxied: AsyncSGLang, proxy: FaultProxy, model: Any, connected: Connect
+) -> None:
+    other = {"model_type": "gpt_neox"}
+    proxy.faults["/model_info"] = Fault(
+        garble=lambda content: json.dumps({**json.loads(content), **other}).encode()
+    )
+    proxied.refresh()
+    scheme = connected(proxied)
+    proxy.seen.clear()
+    with pytest.raises(VerificationError, match=r"'gpt_neox'.*register_model.*verify='never'"):
+        scheme.send(model.state_dict())
+    assert posts(proxy, "/pause_generation") == 0
+    assert proxied.state is ServiceState.SYNCED
+    scheme.send(model)  # has what a probe needs; equal checksums prove this one all the same
+    assert scheme.last_push is not None
+    assert scheme.last_push.verified_by == "checksum"
+
+
+def test_what_ran_on_weights_that_a_probe_refuses_does_not_go_on(
+    service: AsyncSGLang,
+    proxied: AsyncSGLang,
+    model: Any,
+    connected: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is another service's, whose calls are not held while the servers are proved."""
+    scheme = connected(proxied, config=WeightSyncConfig(verify_method="probe"))
+    transfer = Broadcast.transfer
+
+    def transfer_other_weights(
+        carrier: Broadcast, buckets: Any, weights: Any, dtype: Any, timer: Any
+    ) -> str:
+        changed = {name: tensor.clone() for name, tensor in weights.items()}
+        changed["model.norm.weight"] *= 1.5
+        return transfer(carrier, buckets, changed, dtype, timer)
+
+    sampling = {"max_new_tokens": 2000, "ignore_eos": True}
+    running = in_thread(lambda: service.generate([7, 8, 9], sampling), "test")
+    time.sleep(0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(Broadcast, "transfer", transfer_other_weights)
+        with pytest.raises(VerificationError, match="scores a probe differently"):
+            scheme.send(model)
+    with pytest.raises(RequestAbortedError):
+        running.result(5.0)
+    assert proxied.state is ServiceState.BROKEN
+    scheme.send(model)
+    assert error_of(proxied, model) < 0.02
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -242,7 +296,8 @@ def test_a_server_that_went_on_is_paused_again(
     proxy.faults["/continue_generation"] = Fault(lose=True, times=1)
     with pytest.raises(PushError, match="'continue'"):
         scheme.send(perturb(model, seed=39))
-    assert proxy.seen[-1][0] == "/pause_generation"
+    orders = [path for path, _ in proxy.seen if path.endswith("_generation")]
+    assert orders[-2:] == ["/continue_generation", "/pause_generation"]
     assert proxied.state is ServiceState.BROKEN
     scheme.send(model)
     assert error_of(proxied, model) < 0.02

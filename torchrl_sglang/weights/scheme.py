@@ -228,14 +228,14 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             WeightSyncError: as in `send`; also of the push before, if that one did not block.
         """
         self._check_process()
-        self.wait()
         source = weights if weights is not None else self._registered
         with self._lock, leading(source):
+            self.wait()  # the servers tell the version of the push before only when it is over
             others = [each for each in self.collectors if not shares_counter(each, collector)]
             number = choose_version(version, served_version(self.service), [*others, collector])
             reference = source if isinstance(source, nn.Module) else self._registered
             if self.pusher.config.non_blocking:
-                self.pusher.push_later(source, version=number, reference=reference)
+                self.pusher.push_later(source, version=number, reference=reference, keeping=self)
                 done = None
             else:
                 done = self.pusher.push(source, version=number, reference=reference)

@@ -3,133 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-import threading
+import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..client import ControlClient
-from ..config import WeightSyncConfig
-from ..errors import EngineLostError, NotConnectedError
-from ..info import WorkerInfo
+from ..errors import EngineLostError, NotConnectedError, PushError, SGLangError
 from .attempt import attempt
-from .broadcast import sending_device
-from .carrier import Carrier
-from .choose import Choice, choose_method, make_carrier
-from .collective import in_thread
-from .engines import Engines
+from .connection import Connection
+from .expected import expected_model
 from .failure import after_failure
 from .planned import Plan, make_plan
 from .result import PushResult, StepTimer
 from .sharded import ShardedWeights
+from .streams import handed_over
+from .threads import in_thread
 
 
-class WeightPusher:
-    """Pushes whole models into every server of a service.
+class WeightPusher(Connection):
+    """Pushes whole models into every server of a service; arguments as in `Connection`."""
 
-    Args:
-        service: the servers; anything with ``cluster``, ``gate``, ``timeouts``,
-            ``set_pushed_version`` and ``drop_worker``.
-        config: how to push.
-        master_address: address at which the servers reach this process.
-        master_port: port of the rendezvous; a free one by default.
-        device: device that broadcasts; the current GPU for NCCL.
-        model_path: where the served model's config is, if not where the servers have it.
-
-    Attributes:
-        config: how to push.
-    """
-
-    def __init__(
-        self,
-        service: Any,
-        *,
-        config: WeightSyncConfig | None = None,
-        master_address: str | None = None,
-        master_port: int | None = None,
-        device: torch.device | str | int | None = None,
-        model_path: str | None = None,
-    ) -> None:
-        self._service = service
-        self.config = config or WeightSyncConfig()
-        self._master_address = master_address
-        self._master_port = master_port
-        self._device = device
-        self._model_path = model_path
-        self._engines: Engines | None = None
-        self._carrier: Carrier | None = None
-        self._choice: Choice | None = None
-        self._connected = False
-        self._verified = False
+    def __init__(self, service: Any, **kwargs: Any) -> None:
+        super().__init__(service, **kwargs)
         self._running: Future[PushResult] | None = None
-        self._lock = threading.Lock()
-
-    # Connecting
-
-    def connect(self) -> None:
-        """Joins the trainer and all ranks of all servers into one group.
-
-        Raises:
-            TopologyError: a server can't take part.
-            PushError: a server refused or did not come.
-        """
-        with self._lock:
-            self._connect()
-            self._connected = True
-
-    def _connect(self) -> None:
-        self._drop()
-        timeouts = self._service.timeouts
-        self._engines = Engines(self._workers, self._infos, timeouts.control_s)
-        device = sending_device(self._infos[0].device, self._device)
-        self._choice = choose_method(self.config.method, self._infos, device)
-        self._carrier = make_carrier(
-            self._choice,
-            self._engines,
-            device=device,
-            address=self._master_address or self._service.get_master_address(),
-            port=self._master_port,
-            layout=self.config.layout,
-            folder=self.config.folder,
-            model_path=self.model_path,
-            timeouts=timeouts,
-            owner=self._service,
-        )
-        self._carrier.connect()
 
     def close(self) -> None:
-        """Leaves the group, on both sides, once a push under way is over; harmless twice."""
-        with contextlib.suppress(Exception):
+        """Leaves the group, on both sides, once a push under way is over; harmless twice.
+
+        Warns of what that push raised, which nobody else will hear of.
+        """
+        failed: Exception | None = None
+        try:
             self.wait()
+        except Exception as error:  # noqa: BLE001
+            failed = error
         with self._lock:
-            carrier, engines = self._carrier, self._engines
-            self._carrier = self._engines = None
             self._connected = False
-        if carrier is not None:
-            carrier.close()
-        if engines is not None:
-            engines.close()
-
-    def abandon(self) -> None:
-        """Leaves the group without waiting for anybody, servers included."""
-        self._connected = False
-        self._drop()
-
-    def _drop(self) -> None:
-        """After a failure the group can't be trusted: the next push makes a new one."""
-        carrier, engines = self._carrier, self._engines
-        self._carrier = self._engines = None
-        self._verified = False
-        if carrier is not None:
-            carrier.drop()
-        if engines is not None:
-            engines.close()
-
-    # Pushing
+            self._leave()
+        if failed is not None:
+            warnings.warn(f"the last weight push failed: {failed}", RuntimeWarning, stacklevel=2)
 
     def push(
         self,
@@ -154,7 +70,6 @@ class WeightPusher:
         self.wait()
         with self._lock:
             plan = self._planned(source, version, reference)
-            self._service.gate.begin()
             return self._carried_out(plan)
 
     def push_later(
@@ -163,10 +78,17 @@ class WeightPusher:
         *,
         version: int | None = None,
         reference: nn.Module | None = None,
+        keeping: object = None,
     ) -> Future[PushResult]:
         """Copies the weights and pushes them from another thread; arguments as in `push`.
 
         New requests wait from now on, as in `push`. One push is under way at a time.
+
+        Args:
+            source: as in `push`.
+            version: as in `push`.
+            reference: as in `push`.
+            keeping: stays alive until the push is over.
 
         Raises:
             NotConnectedError, WeightsError: as in `push`, at once.
@@ -176,19 +98,25 @@ class WeightPusher:
         self.wait()
         with self._lock:
             plan = self._planned(source, version, reference, copy=True)
-            self._service.gate.begin()
+            ready = handed_over([*plan.weights.values()], self._sending_device)
 
-        def carry_out() -> PushResult:
-            with self._lock:
-                return self._carried_out(plan)
+            def carry_out(kept: object = keeping) -> PushResult:
+                with self._lock, self._broken_unless_done(), ready():
+                    return self._carried_out(plan)
 
-        self._running = in_thread(carry_out, "torchrl_sglang-push")
-        return self._running
+            with self._broken_unless_done():
+                self._service.gate.begin()
+                self._running = in_thread(carry_out, "torchrl_sglang-push")
+            return self._running
 
     def wait(self) -> PushResult | None:
         """Waits for the push of `push_later`; raises what it raised, once."""
-        running, self._running = self._running, None
-        return None if running is None else running.result()
+        running = self._running
+        if running is None:
+            return None
+        wait([running])  # an exception in here (Ctrl-C) leaves the push's own for the next call
+        self._running = None
+        return running.result()
 
     def _planned(
         self, source: Any, version: int | None, reference: nn.Module | None, *, copy: bool = False
@@ -198,47 +126,76 @@ class WeightPusher:
                 "the weight sync is not connected: call scheme.connect() (a collector does it "
                 "when the scheme is given to it) before pushing."
             )
-        return make_plan(
+        plan = make_plan(
             source,
             model_path=self.model_path,
             infos=self._infos,
             config=self.config,
             reference=reference,
             version=self._next_version() if version is None else version,
-            verifies=self._verifies,
+            # Also if this push is not verified: a repair in it would be.
+            verifies=self.config.verify != "never",
             copy=copy,
         )
+        if isinstance(plan.weights, ShardedWeights):
+            tied = expected_model(self.model_path).tied
+            plan.weights.compare(tied, finite=self.config.check_finite)
+        return plan
 
     @property
     def _verifies(self) -> bool:
         verify = self.config.verify
         return verify == "always" or (verify == "first" and not self._verified)
 
+    @contextlib.contextmanager
+    def _broken_unless_done(self) -> Iterator[None]:
+        """Whatever ends the block early, Ctrl-C included, the service does not stay UPDATING."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self._service.gate.fail(sys.exception() or RuntimeError("the push was given up"))
+
     def _carried_out(self, plan: Plan) -> PushResult:
-        lost: list[str] = []
-        while True:
-            try:
-                result = self._attempt(plan, tuple(lost))
-            except BaseException as raised:
-                self._drop()
-                if isinstance(plan.weights, ShardedWeights):
-                    plan.weights.drain()
-                error = after_failure(raised, self._workers)
-                if isinstance(error, EngineLostError) and self._goes_on_without(error):
-                    lost.append(str(error.engine))
-                    self._service.drop_worker(error.engine)
-                    plan.verifier.leave_out(lost)
-                    continue
-                self._service.gate.fail(error)
-                if error is raised:
-                    raise
-                raise error from raised
+        with self._broken_unless_done():
+            self._service.gate.begin()
+            result = self._tried(plan)
             self._service.set_pushed_version(plan.version)
             self._service.gate.commit()
             return result
 
+    def _tried(self, plan: Plan) -> PushResult:
+        lost: list[str] = []
+        while True:
+            try:
+                return self._attempt(plan, tuple(lost))
+            except BaseException as raised:
+                in_session = self._may_be_in_session(raised)
+                self._drop()
+                if isinstance(plan.weights, ShardedWeights):
+                    plan.weights.drain()
+                error = after_failure(raised, self._workers, in_session=in_session)
+                if isinstance(error, EngineLostError) and self._goes_on_without(error):
+                    lost.append(str(error.engine))
+                    self._service.drop_worker(error.engine)
+                    continue
+                if error is raised:
+                    raise
+                raise error from raised
+
+    def _may_be_in_session(self, error: BaseException) -> bool:
+        carrier, engines = self._carrier, self._engines
+        if carrier is None or engines is None or not (carrier.in_session and engines.has_session):
+            return False
+        step = error.step if isinstance(error, PushError) else None
+        return step in ("transfer", "end") or not isinstance(error, SGLangError)
+
     def _attempt(self, plan: Plan, lost: tuple[str, ...]) -> PushResult:
         timer, start = StepTimer(), time.perf_counter()
+        if self._engines is not None and self._engines.workers != tuple(self._workers):
+            self._leave()  # servers joined or left: those of the group are not all any more
         if self._carrier is None or not self._carrier.is_connected:
             with timer.measure("join"):
                 self._connect()
@@ -267,23 +224,6 @@ class WeightPusher:
     def _goes_on_without(self, error: EngineLostError) -> bool:
         known = any(worker.url == error.engine for worker in self._workers)
         return self.config.lost_engines == "drop" and known and len(self._workers) > 1
-
-    # What is pushed to
-
-    @property
-    def model_path(self) -> str:
-        """Where the served model's config is."""
-        return self._model_path or str(self._service.model_path)
-
-    @property
-    def _workers(self) -> Sequence[ControlClient]:
-        workers: Sequence[ControlClient] = self._service.cluster.workers
-        return workers
-
-    @property
-    def _infos(self) -> Sequence[WorkerInfo]:
-        infos: Sequence[WorkerInfo] = self._service.cluster.infos
-        return infos
 
     def _next_version(self) -> int:
         known = self._service.weight_version
