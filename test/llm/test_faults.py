@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from fault_proxy import Fault, FaultProxy
 from servers import CPU_SERVER_ARGS, needs, perturb, worst_error
+from test_launch import descendants
 
 from torchrl_sglang import (
     AsyncSGLang,
@@ -33,6 +34,7 @@ from torchrl_sglang.errors import (
     ServiceBrokenError,
 )
 from torchrl_sglang.weights.payload import Payloads
+from torchrl_sglang.weights.threads import in_thread
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
@@ -60,9 +62,22 @@ FAULTS: dict[str, tuple[dict[str, Any], type[PushError]]] = {
     "answer lost": ({"lose": True}, PushError),
 }
 # What test_weights.py runs each time is not run twice.
-PLACES = [
+PLACES: list[tuple[str, int | None]] = [
     *((step, None) for step in ROUTES if step != "transfer"),
     *(("transfer", bucket) for bucket in (0, 1, LAST)),
+]
+ALWAYS = [
+    ("begin", None, "no answer"),
+    ("transfer", 1, "no answer"),
+    ("verify", None, "no answer"),
+    ("version", None, "answer lost"),
+    ("continue", None, "answer lost"),
+]
+ROWS = [
+    pytest.param(step, bucket, fault, marks=[] if each in ALWAYS else [pytest.mark.faults])
+    for step, bucket in PLACES
+    for fault in FAULTS
+    if (each := (step, bucket, fault))
 ]
 
 
@@ -106,9 +121,7 @@ def repaired(service: AsyncSGLang, scheme: SGLangWeightSyncScheme, model: Any) -
     return took
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("step", "bucket"), PLACES)
+@pytest.mark.parametrize(("step", "bucket", "fault"), ROWS)
 def test_a_server_that_fails(
     impatient: AsyncSGLang,
     scheme: SGLangWeightSyncScheme,
@@ -146,6 +159,27 @@ def test_a_server_that_fails(
         f"| {step} | {'' if bucket is None else bucket} | {fault} | {type(error).__name__} | "
         f"{took:.2f} s | broken | succeeds, {again:.2f} s |"
     )
+
+
+def test_a_silent_server_with_the_usual_bounds(
+    proxy: FaultProxy, shared_service: AsyncSGLang, model: Any, restore_weights: None
+) -> None:
+    keys = shared_service._keys
+    with AsyncSGLang.connect(
+        proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
+    ) as service:
+        scheme = SGLangWeightSyncScheme(service, config=CONFIG)
+        scheme.connect_once()
+        scheme.send(model)
+        proxy.faults[ROUTES["pause"]] = Fault(delay_s=60.0)
+        begun = time.monotonic()
+        with pytest.raises(PushTimeoutError, match="has to be started again") as caught:
+            scheme.send(model)
+        assert time.monotonic() - begun < WITHIN_S
+        assert (caught.value.engine, caught.value.step) == (proxy.url, "pause")
+        proxy.faults.clear()
+        repaired(service, scheme, perturb(model, seed=47))
+        scheme.close()
 
 
 @pytest.mark.parametrize("index", [0, 2])
@@ -213,7 +247,10 @@ def test_a_trainer_that_is_killed_in_mid_push(
     restore_weights: None,
     report: list[str],
 ) -> None:
-    """The server waits for a bucket that never comes; a new trainer gets it back."""
+    """The server waits for a bucket that never comes; a new trainer gets it back.
+
+    Who asks meanwhile waits, and is answered by the new trainer's weights.
+    """
     told = pickle.dumps((attached, str(model_path))).hex()
     with subprocess.Popen(
         [sys.executable, "-c", TRAINER, told], stdout=subprocess.PIPE, text=True
@@ -221,15 +258,20 @@ def test_a_trainer_that_is_killed_in_mid_push(
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "in the middle\n"
         trainer.kill()
+    pending = in_thread(lambda: service.generate(PROMPTS, SAMPLING), "test")
+    with pytest.raises(TimeoutError):
+        pending.result(0.5)
     begun = time.monotonic()
     scheme = SGLangWeightSyncScheme(attached, config=CONFIG)
     scheme.connect_once()
     repaired(attached, scheme, perturb(model, seed=43))
     took = time.monotonic() - begun
+    assert worst_error(model, PROMPTS, pending.result(20.0)) < 0.02
     scheme.close()
     assert took < 30.0
     report.append(
-        f"| transfer | 1 | the trainer is killed | | | | of a new trainer: succeeds, {took:.2f} s |"
+        "| transfer | 1 | the trainer is killed | none is left to see one | | servers paused, "
+        f"requests wait | of a new trainer: succeeds, {took:.2f} s; they are answered then |"
     )
 
 
@@ -245,8 +287,17 @@ def two(model_path: Path) -> Iterator[AsyncSGLang]:
         yield service
 
 
-def killing(service: AsyncSGLang, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on a push kills a server between its first bucket and its second."""
+def schedulers(pid: int) -> list[Any]:
+    """The processes of a server that hold its weights."""
+    found = [each for each in descendants(pid) if "scheduler" in " ".join(each.cmdline())]
+    assert found
+    return found
+
+
+def killing(
+    service: AsyncSGLang, url: str, monkeypatch: pytest.MonkeyPatch, *, whole: bool
+) -> None:
+    """From now on a push kills a server, or a part of it, between its first bucket and second."""
     fleet = service._local.fleet
     assert fleet is not None
     name = f"server-{fleet.server_urls.index(url)}"
@@ -255,7 +306,10 @@ def killing(service: AsyncSGLang, url: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     def kill_at(payloads: Payloads, index: int, bucket: Any) -> Any:
         if index == 1:
-            os.killpg(child.pid, signal.SIGKILL)
+            if whole:
+                os.killpg(child.pid, signal.SIGKILL)
+            else:
+                schedulers(child.pid)[0].kill()
             time.sleep(0.2)
         return flattened(payloads, index, bucket)
 
@@ -265,7 +319,11 @@ def killing(service: AsyncSGLang, url: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_servers_that_are_killed_in_mid_push(
     two: AsyncSGLang, model: Any, monkeypatch: pytest.MonkeyPatch, report: list[str]
 ) -> None:
-    """One of two is reported and left out, if the user allows it; the last one is an error."""
+    """One of two is reported and left out, if the user allows it; the last one is an error.
+
+    Of the first only the process that has the weights dies: it still takes connections then, and
+    the other server is the first to notice.
+    """
     first, second = (worker.url for worker in two.workers)
     config = WeightSyncConfig(bucket_bytes=1 << 18, lost_engines="drop")
     scheme = SGLangWeightSyncScheme(two, config=config)
@@ -273,21 +331,22 @@ def test_servers_that_are_killed_in_mid_push(
     scheme.send(model)
     assert scheme.last_push.lost_engines == ()  # type: ignore[union-attr]
     with monkeypatch.context() as patched:
-        killing(two, second, patched)
+        killing(two, second, patched, whole=False)
         begun = time.monotonic()
         scheme.send(perturb(model, seed=44))
         took = time.monotonic() - begun
+    assert took < WITHIN_S + 5.0  # with the push to the one that is left
     push = scheme.last_push
     assert push is not None
     assert (push.lost_engines, push.verified_by) == ((second,), "checksum")
     assert [worker.url for worker in two.workers] == [first]
     repaired(two, scheme, perturb(model, seed=45))
     report.append(
-        f"| transfer | 1 | one of two servers is killed, lost_engines='drop' | | {took:.2f} s | "
-        "synced | of the other alone: the same one |"
+        "| transfer | 1 | the scheduler of one of two servers is killed, lost_engines='drop' | | "
+        f"{took:.2f} s | synced | of the other alone: the same one |"
     )
     with monkeypatch.context() as patched:
-        killing(two, first, patched)
+        killing(two, first, patched, whole=True)
         begun = time.monotonic()
         with pytest.raises(EngineLostError) as caught:
             scheme.send(perturb(model, seed=46))
@@ -300,5 +359,5 @@ def test_servers_that_are_killed_in_mid_push(
     assert time.monotonic() - begun < 10.0
     report.append(
         f"| transfer | 1 | the server is killed | EngineLostError | {took:.2f} s | broken | "
-        "after it is started again |"
+        "none, while it is gone |"
     )
