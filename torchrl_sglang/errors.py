@@ -225,7 +225,7 @@ class PushTimeoutError(PushError, TimeoutError):
 
 
 class EngineLostError(PushError, ConnectionError):
-    """An engine failed a push because it is gone: nothing listens at its address any more."""
+    """An engine failed a push because it is gone: nothing answers at its address any more."""
 
     @classmethod
     def of(cls, error: PushError, engine: str | None = None) -> Self:
@@ -235,7 +235,7 @@ class EngineLostError(PushError, ConnectionError):
             error: the failure.
             engine: the engine, if it is not the one that the failure was put down to.
         """
-        said = f"the engine is gone: nothing listens there any more ({error.__cause__ or error})"
+        said = f"the engine is gone: nothing answers there any more ({error.__cause__ or error})"
         made = cls(said, step=error.step, engine=engine or error.engine, bucket=error.bucket)
         made.__cause__ = error
         return made

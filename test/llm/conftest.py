@@ -41,7 +41,9 @@ def model(model_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def timeouts() -> Timeouts:
-    return Timeouts(start_s=240.0, control_s=20.0, request_s=60.0, group_s=20.0, transfer_s=20.0)
+    """Longer than the usual ones, where a machine has more to do than this."""
+    patient = dict.fromkeys(("control_s", "step_s", "group_s", "transfer_s"), 20.0)
+    return Timeouts(start_s=240.0, request_s=60.0, **patient)
 
 
 @pytest.fixture(scope="session")

@@ -276,12 +276,12 @@ def test_a_trainer_that_is_killed_in_mid_push(
 
 
 @pytest.fixture
-def two(model_path: Path) -> Iterator[AsyncSGLang]:
+def two(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
     with AsyncSGLang.from_pretrained(
         str(model_path),
         num_replicas=2,
         device="cpu",
-        timeouts=Timeouts(start_s=240.0, control_s=20.0, transfer_s=20.0, group_s=20.0),
+        timeouts=timeouts,
         **CPU_SERVER_ARGS,
     ) as service:
         yield service

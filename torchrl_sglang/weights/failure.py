@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
 from ..client import ControlClient
-from ..errors import EngineLostError, PushError
+from ..errors import EngineLostError, HTTPAnswerError, PushError, ServiceError
 from .sending import WireError
 from .threads import in_thread
 from .watch import broke_connection
 
 DYING_S = 0.5  # a process that dies closes its listener last
-# A server whose scheduler died notices within a second, and ends itself then.
-DYING_PARTLY_S = 2.5
 DYING_POLL_S = 0.1
+# A server whose scheduler died notices within a second. From then on it answers nothing, but goes
+# on listening for five seconds more.
+NOTICE_S = 1.2
+ANSWER_S = 1.5
 LIVENESS_S = 1.5  # how long a server has to say that it lives, and to pause again
 STUCK = (
     "gave no answer afterwards either. If the next push fails there too, it is stuck, in a "
@@ -28,8 +30,8 @@ def after_failure(
 ) -> BaseException:
     """Pauses all servers again, and finds out whether the one that failed is gone.
 
-    A server may have gone on already, when another failed to. Takes `LIVENESS_S` or
-    `DYING_PARTLY_S` at most.
+    A server may have gone on already, when another failed to. Takes `LIVENESS_S` at most, and where
+    a broadcast broke `NOTICE_S` more.
 
     Args:
         error: what failed.
@@ -37,8 +39,8 @@ def after_failure(
         in_session: an update session may be open, which is closed.
 
     Returns:
-        The error, or an `EngineLostError` where nothing listens at an engine's address any more. It
-        says so if an engine does not answer the pause.
+        The error, or an `EngineLostError` where nothing answers at an engine's address any more. It
+        says so if an engine that lives does not answer the pause.
     """
 
     def pause(worker: ControlClient) -> None:
@@ -56,7 +58,7 @@ def after_failure(
 
 
 def with_its_cause(error: BaseException, workers: Sequence[ControlClient]) -> BaseException:
-    """The error, or an `EngineLostError` where nothing listens at an engine's address any more.
+    """The error, or an `EngineLostError` where nothing answers at an engine's address any more.
 
     Where a broadcast broke, or an engine refused it, another engine's death may be behind it.
     """
@@ -68,7 +70,7 @@ def with_its_cause(error: BaseException, workers: Sequence[ControlClient]) -> Ba
     if failed and broke_connection(error):
         lost = _first_gone([*failed, *others], DYING_S)
     elif error.step == "transfer" and _may_be_anothers(error):
-        lost = _first_gone(others, DYING_PARTLY_S)
+        lost = _first_silent(others)
     return error if lost is None else EngineLostError.of(error, lost)
 
 
@@ -85,6 +87,38 @@ def _first_gone(workers: Sequence[ControlClient], within_s: float) -> str | None
                 return worker.url
         time.sleep(DYING_POLL_S)
     return None
+
+
+def _first_silent(workers: Sequence[ControlClient]) -> str | None:
+    """URL of the one that answers nothing once it has noticed that a part of it died.
+
+    What is asked needs no scheduler: one that is stuck in a broadcast answers it. Where several are
+    silent, which one it is isn't known, unless nothing listens at its address.
+    """
+    begun = time.monotonic()
+    while workers:
+        if lost := next((w.url for w in workers if not w.listens(LIVENESS_S)), None):
+            return lost
+        asked_last = time.monotonic() - begun > NOTICE_S
+        asked = {in_thread(lambda w=w: _answers(w), "torchrl_sglang-ask"): w for w in workers}
+        wait(asked, 2 * ANSWER_S)
+        silent = [w.url for one, w in asked.items() if not (one.done() and one.result())]
+        if silent:
+            return silent[0] if len(silent) == 1 else None
+        if asked_last:
+            return None
+        time.sleep(DYING_POLL_S)
+    return None
+
+
+def _answers(worker: ControlClient) -> bool:
+    try:
+        worker.get("/model_info", timeout_s=ANSWER_S)
+    except HTTPAnswerError as error:
+        return error.status is not None
+    except ServiceError:
+        return False
+    return True
 
 
 def _add_stuck(error: PushError, pauses: dict[Future[None], ControlClient]) -> None:
