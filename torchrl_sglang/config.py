@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -172,6 +172,9 @@ class WeightSyncConfig:
             this machine; ``"disk"`` has them load files; ``"auto"`` picks one.
         folder: where ``"disk"`` writes, as trainer and servers both see it; None for a temporary
             folder, which servers on this machine can read.
+        translate: from the trainer's own names to Hugging Face's, for checkpoints in another form
+            (Megatron's): takes the trainer's entries by name, returns the served model's tensors by
+            name, a mapping or pairs. It may rename, divide and join tensors, and leave some out.
         pause_mode: what happens to requests in flight: ``"retract"`` requeues them, so that they
             go on under the new weights, their prompt and what they have computed anew; in
             ``"in_place"`` they freeze and go on with what they have; ``"abort"`` ends them.
@@ -197,6 +200,7 @@ class WeightSyncConfig:
 
     method: SyncMethod = "auto"
     folder: str | None = None
+    translate: Callable[[Mapping[str, Any]], Any] | None = None
     pause_mode: PauseMode = "retract"
     bucket_bytes: int = 2 << 30
     layout: SyncLayout = "auto"

@@ -207,7 +207,12 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             )
 
     def push(
-        self, weights: Any = None, collector: Any = None, *, version: int | None = None
+        self,
+        weights: Any = None,
+        collector: Any = None,
+        *,
+        version: int | None = None,
+        partial: bool = False,
     ) -> PushResult | None:
         """Pushes, and counts every registered collector up to the servers' new version.
 
@@ -218,6 +223,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             weights: as in `send`.
             collector: one that counts this push by itself afterwards, by one.
             version: the number to push under, instead.
+            partial: ``weights`` may be a part of the model; the servers keep the rest.
 
         Returns:
             What the push did; None with ``WeightSyncConfig(non_blocking=True)``, where it is still
@@ -235,10 +241,12 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             number = choose_version(version, served_version(self.service), [*others, collector])
             reference = source if isinstance(source, nn.Module) else self._registered
             if self.pusher.config.non_blocking:
-                self.pusher.push_later(source, version=number, reference=reference)
+                self.pusher.push_later(source, version=number, reference=reference, partial=partial)
                 done = None
             else:
-                done = self.pusher.push(source, version=number, reference=reference)
+                done = self.pusher.push(
+                    source, version=number, reference=reference, partial=partial
+                )
                 self.last_push = done
             bring_up(collector, number - 1)
             for each in others:

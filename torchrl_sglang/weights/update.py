@@ -14,7 +14,8 @@ from torch import nn
 
 from ..client import ControlClient
 from ..config import WeightSyncConfig
-from ..errors import EngineLostError, NotConnectedError
+from ..errors import EngineLostError, NotConnectedError, WeightsError
+from ..gate import ServiceState
 from ..info import WorkerInfo
 from .attempt import attempt
 from .broadcast import sending_device
@@ -137,13 +138,15 @@ class WeightPusher:
         *,
         version: int | None = None,
         reference: nn.Module | None = None,
+        partial: bool = False,
     ) -> PushResult:
-        """Pushes a whole model and returns once every server runs it.
+        """Pushes a model and returns once every server runs it.
 
         Args:
             source: module, wrapper, TensorDict or state dict.
             version: the weights' new version; one more than the last by default.
             reference: model to compute the probe's reference with, if ``source`` is none.
+            partial: ``source`` may be a part of the model; the rest stays as it is.
 
         Raises:
             NotConnectedError: before `connect`, or without weights.
@@ -153,7 +156,7 @@ class WeightPusher:
         """
         self.wait()
         with self._lock:
-            plan = self._planned(source, version, reference)
+            plan = self._planned(source, version, reference, partial=partial)
             self._service.gate.begin()
             return self._carried_out(plan)
 
@@ -163,6 +166,7 @@ class WeightPusher:
         *,
         version: int | None = None,
         reference: nn.Module | None = None,
+        partial: bool = False,
     ) -> Future[PushResult]:
         """Copies the weights and pushes them from another thread; arguments as in `push`.
 
@@ -175,7 +179,7 @@ class WeightPusher:
         """
         self.wait()
         with self._lock:
-            plan = self._planned(source, version, reference, copy=True)
+            plan = self._planned(source, version, reference, copy=True, partial=partial)
             self._service.gate.begin()
 
         def carry_out() -> PushResult:
@@ -191,14 +195,25 @@ class WeightPusher:
         return None if running is None else running.result()
 
     def _planned(
-        self, source: Any, version: int | None, reference: nn.Module | None, *, copy: bool = False
+        self,
+        source: Any,
+        version: int | None,
+        reference: nn.Module | None,
+        *,
+        copy: bool = False,
+        partial: bool = False,
     ) -> Plan:
         if not self._connected:
             raise NotConnectedError(
                 "the weight sync is not connected: call scheme.connect() (a collector does it "
                 "when the scheme is given to it) before pushing."
             )
-        return make_plan(
+        if partial and self._service.state is ServiceState.BROKEN:
+            raise WeightsError(
+                "a part of the weights can't repair a service whose last push failed: push the "
+                "whole model."
+            )
+        plan = make_plan(
             source,
             model_path=self.model_path,
             infos=self._infos,
@@ -207,7 +222,11 @@ class WeightPusher:
             version=self._next_version() if version is None else version,
             verifies=self._verifies,
             copy=copy,
+            partial=partial,
         )
+        if self._carrier is not None:
+            self._carrier.prepare(plan.buckets)
+        return plan
 
     @property
     def _verifies(self) -> bool:

@@ -37,6 +37,7 @@ class Verifier:
         weights: what is sent, in the checkpoint's names.
         dtype: dtype in which the servers hold it.
         model: the trainer's model, for the probe.
+        partial: ``weights`` are a part of the model.
 
     Attributes:
         verified_by: ``"checksum"``, ``"probe"``, or ``"nothing"`` so far.
@@ -49,8 +50,11 @@ class Verifier:
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
         model: nn.Module | None,
+        *,
+        partial: bool = False,
     ) -> None:
         self._config = config
+        self._partial = partial
         self._infos = infos
         self._weights = weights
         self._dtype = dtype
@@ -116,7 +120,7 @@ class Verifier:
             )
             for info, answer in zip(self._infos, given, strict=True)
         ]
-        proof = ChecksumProof(self._weights, self._dtype, self._config_of)
+        proof = ChecksumProof(self._weights, self._dtype, self._config_of, partial=self._partial)
         unproved = proof.unproved(self._infos, answers)
         if unproved and self._config.verify_method == "checksum":
             raise VerificationError(
