@@ -151,15 +151,20 @@ def plan_ranks(workers: Sequence[WorkerInfo]) -> Ranks:
     return Ranks(world_size=next_rank, offsets=tuple(offsets))
 
 
+def count_ranks(workers: Sequence[WorkerInfo]) -> int:
+    """Processes that hold weights, in all servers together."""
+    return sum(w.tp_size * w.pp_size * (1 if w.dp_attention else w.dp_size) for w in workers)
+
+
 def check_topology(worker: WorkerInfo) -> None:
     """Raises `TopologyError` where SGLang refuses a broadcast, or hangs in it."""
     if worker.pp_size > 1:
         raise TopologyError(
             f"{worker.url} runs with pp_size={worker.pp_size}: a weight broadcast deadlocks there. "
-            "Use tp_size instead, or more replicas."
+            "Use tp_size instead, or more replicas, or WeightSyncConfig(method='disk')."
         )
     if worker.dp_size > 1 and not worker.dp_attention:
         raise TopologyError(
             f"{worker.url} runs with dp_size={worker.dp_size}: SGLang takes no weight broadcast "
-            "there. Use num_replicas instead of dp_size."
+            "there. Use num_replicas instead of dp_size, or WeightSyncConfig(method='disk')."
         )

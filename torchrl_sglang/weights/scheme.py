@@ -16,7 +16,7 @@ from ..config import WeightSyncConfig
 from ..errors import ConfigError, NotConnectedError
 from ..live import find_service
 from ..service import AsyncSGLang
-from .plan import plan_ranks
+from .plan import count_ranks, plan_ranks
 from .result import PushResult
 from .sender import SGLangWeightReceiver, SGLangWeightSender
 from .sharded import leading
@@ -93,7 +93,9 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
                 server_url, api_key=api_key, admin_api_key=admin_api_key
             ) or AsyncSGLang.connect(server_url, api_key=api_key, admin_api_key=admin_api_key)
         assert service is not None
-        num_ranks = plan_ranks(service.cluster.infos).world_size - 1
+        if config is not None and config.method in ("broadcast", "tensor"):
+            plan_ranks(service.cluster.infos)  # refuses what these can't reach
+        num_ranks = count_ranks(service.cluster.infos)
         of_one = service.get_tp_size() * service.get_dp_size()
         if num_gpus not in (None, num_ranks, of_one):
             raise ConfigError(f"num_gpus={num_gpus}, but the servers have {num_ranks} ranks.")
