@@ -91,6 +91,11 @@ class WorkerInfo:
     quantization: str | None = None
     gpus: tuple[int, ...] = ()
 
+    @property
+    def num_copies(self) -> int:
+        """Data-parallel replicas within the server, each of which holds all weights."""
+        return 1 if self.dp_attention else self.dp_size
+
     def check(self, batch: Sequence[GenerateRequest]) -> None:
         """Raises for what the server would refuse, or end at; see `check_ids` for its vocabulary.
 

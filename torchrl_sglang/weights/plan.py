@@ -117,7 +117,7 @@ def _groups(tensors: Iterable[TensorSpec]) -> Iterable[list[TensorSpec]]:
     for tensor in tensors:
         together = TOGETHER.match(tensor.name)
         groups.setdefault(together[1] if together else tensor.name, []).append(tensor)
-    return groups.values()
+    return sorted(groups.values(), key=lambda group: -max(t.item_bytes for t in group))
 
 
 def _bucket(tensors: list[TensorSpec]) -> Bucket:
@@ -153,7 +153,7 @@ def plan_ranks(workers: Sequence[WorkerInfo]) -> Ranks:
 
 def count_ranks(workers: Sequence[WorkerInfo]) -> int:
     """Processes that hold weights, in all servers together."""
-    return sum(w.tp_size * w.pp_size * (1 if w.dp_attention else w.dp_size) for w in workers)
+    return sum(w.tp_size * w.pp_size * w.num_copies for w in workers)
 
 
 def check_topology(worker: WorkerInfo) -> None:
@@ -163,7 +163,7 @@ def check_topology(worker: WorkerInfo) -> None:
             f"{worker.url} runs with pp_size={worker.pp_size}: a weight broadcast deadlocks there. "
             "Use tp_size instead, or more replicas, or WeightSyncConfig(method='disk')."
         )
-    if worker.dp_size > 1 and not worker.dp_attention:
+    if worker.num_copies > 1:
         raise TopologyError(
             f"{worker.url} runs with dp_size={worker.dp_size}: SGLang takes no weight broadcast "
             "there. Use num_replicas instead of dp_size, or WeightSyncConfig(method='disk')."

@@ -75,7 +75,8 @@ class Verifier:
 
     @property
     def _checksums_exist(self) -> bool:
-        return all(info.capabilities.checksum for info in self._infos)
+        # Pipeline-parallel ranks hold some layers each, which is not known here.
+        return all(info.capabilities.checksum and info.pp_size == 1 for info in self._infos)
 
     def leave_out(self, urls: Sequence[str]) -> None:
         """Goes on without servers that were lost."""
@@ -115,9 +116,7 @@ class Verifier:
         body = {"action": "checksum"}
         given = engines.collect("verify", lambda worker: worker.post("/weights_checker", body))
         answers = [
-            _parsed(
-                info.url, lambda info=info, answer=answer: parse_checksums(answer, info.tp_size)
-            )
+            _parsed(info.url, parse_checksums, answer, info.tp_size, info.num_copies)
             for info, answer in zip(self._infos, given, strict=True)
         ]
         proof = ChecksumProof(self._weights, self._dtype, self._config_of, partial=self._partial)
