@@ -16,6 +16,7 @@ from ..config import WeightSyncConfig
 from ..errors import ConfigError, NotConnectedError
 from ..live import find_service
 from ..service import AsyncSGLang
+from .adapter import AdapterPusher
 from .plan import plan_ranks
 from .result import PushResult
 from .sender import SGLangWeightReceiver, SGLangWeightSender
@@ -93,7 +94,11 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
                 server_url, api_key=api_key, admin_api_key=admin_api_key
             ) or AsyncSGLang.connect(server_url, api_key=api_key, admin_api_key=admin_api_key)
         assert service is not None
-        num_ranks = plan_ranks(service.cluster.infos).world_size - 1
+        pushes_lora = config is not None and config.method == "lora"
+        if pushes_lora:  # over HTTP, which has no ranks that a topology could rule out
+            num_ranks = sum(info.tp_size for info in service.cluster.infos)
+        else:
+            num_ranks = plan_ranks(service.cluster.infos).world_size - 1
         of_one = service.get_tp_size() * service.get_dp_size()
         if num_gpus not in (None, num_ranks, of_one):
             raise ConfigError(f"num_gpus={num_gpus}, but the servers have {num_ranks} ranks.")
@@ -101,7 +106,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         self.server_url = service.server_url
         self.num_gpus = num_ranks
         self.model_path = model_path
-        self.pusher = WeightPusher(
+        self.pusher = (AdapterPusher if pushes_lora else WeightPusher)(
             service,
             config=config,
             master_address=master_address,
