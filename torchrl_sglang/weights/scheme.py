@@ -44,6 +44,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     continues. If a step fails, the servers stay paused, ``service.state`` is ``BROKEN`` and
     ``generate`` raises until a push succeeds.
 
+    With ``WeightSyncConfig(method="lora")`` a push sends a LoRA adapter alone and pauses nothing.
+
     Args:
         service: the servers to push to.
         server_url: instead of ``service``: URL of a running router or server. Where a service of
