@@ -11,7 +11,7 @@ from .errors import ConfigError
 Device = Literal["cpu", "cuda"]
 RouterPolicy = Literal["round_robin", "random", "cache_aware", "power_of_two"]
 PauseMode = Literal["retract", "in_place", "abort"]
-SyncMethod = Literal["auto", "broadcast", "tensor", "disk"]
+SyncMethod = Literal["auto", "broadcast", "tensor", "disk", "lora"]
 SyncLayout = Literal["auto", "flattened", "tensors"]
 Verify = Literal["always", "first", "never"]
 VerifyMethod = Literal["auto", "checksum", "probe"]
@@ -169,7 +169,8 @@ class WeightSyncConfig:
 
     Attributes:
         method: ``"broadcast"`` sends over a collective; ``"tensor"`` shares memory with servers on
-            this machine; ``"disk"`` has them load files; ``"auto"`` picks one.
+            this machine; ``"disk"`` has them load files; ``"auto"`` picks one of these. ``"lora"``
+            pushes a LoRA adapter alone, and pauses nothing.
         folder: where ``"disk"`` writes, as trainer and servers both see it; None for a temporary
             folder, which servers on this machine can read.
         translate: from the trainer's own names to Hugging Face's, for checkpoints in another form
@@ -196,6 +197,7 @@ class WeightSyncConfig:
             ``"drop"`` it, report it, and push to the others.
         non_blocking: a push returns once it has its own copy of the weights; the next one, and
             ``wait()``, wait for its end.
+        adapter_name: with ``"lora"``, what requests call the adapter.
     """
 
     method: SyncMethod = "auto"
@@ -211,6 +213,7 @@ class WeightSyncConfig:
     check_finite: bool = False
     lost_engines: LostEngines = "raise"
     non_blocking: bool = False
+    adapter_name: str = "policy"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -228,6 +231,25 @@ class WeightSyncConfig:
             not (self.pause_mode == "in_place" and self.flush_cache),
             "flush_cache=True with pause_mode='in_place': servers don't flush while requests are "
             "frozen; leave flush_cache out, or use pause_mode='retract'.",
+        )
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        name, lora = self.adapter_name, self.method == "lora"
+        _require(
+            isinstance(name, str) and bool(name) and "@" not in name,
+            "adapter_name must be a string that is not empty and has no '@', which sets a version "
+            f"apart, got {name!r}.",
+        )
+        _require(
+            not (lora and self.non_blocking),
+            "non_blocking=True with method='lora': such a push holds no request back, and copies "
+            "the adapter before it sends; leave non_blocking out.",
+        )
+        _require(
+            not (lora and self.verify_method == "checksum"),
+            "verify_method='checksum' with method='lora': servers have no checksums of adapters; "
+            "use 'auto' or 'probe'.",
         )
 
     @property

@@ -29,12 +29,18 @@ def after_failure(error: BaseException, workers: Sequence[ControlClient]) -> Bas
         worker.post("/pause_generation", {"mode": "retract"}, timeout_s=LIVENESS_S)
 
     pauses = [in_thread(lambda w=w: pause(w), "torchrl_sglang-pause") for w in workers]
-    failed = [worker for worker in workers if worker.url == getattr(error, "engine", None)]
-    if isinstance(error, PushError) and _is_gone(error, failed):
-        error = EngineLostError.of(error)
+    error = with_its_cause(error, workers)
     for paused in pauses:
         with contextlib.suppress(Exception):
             paused.result(LIVENESS_S)
+    return error
+
+
+def with_its_cause(error: BaseException, workers: Sequence[ControlClient]) -> BaseException:
+    """The error, or an `EngineLostError` where nothing listens at the engine's address any more."""
+    failed = [worker for worker in workers if worker.url == getattr(error, "engine", None)]
+    if isinstance(error, PushError) and _is_gone(error, failed):
+        return EngineLostError.of(error)
     return error
 
 

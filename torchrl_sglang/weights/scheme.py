@@ -16,6 +16,7 @@ from ..config import WeightSyncConfig
 from ..errors import ConfigError, NotConnectedError
 from ..live import find_service
 from ..service import AsyncSGLang
+from .adapter import AdapterPusher
 from .plan import count_ranks, plan_ranks
 from .result import PushResult
 from .sender import SGLangWeightReceiver, SGLangWeightSender
@@ -42,6 +43,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     A push pauses the servers, broadcasts (gloo on CPU, NCCL on GPU), verifies, sets the version and
     continues. If a step fails, the servers stay paused, ``service.state`` is ``BROKEN`` and
     ``generate`` raises until a push succeeds.
+
+    With ``WeightSyncConfig(method="lora")`` a push sends a LoRA adapter alone and pauses nothing.
 
     Args:
         service: the servers to push to.
@@ -93,7 +96,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
                 server_url, api_key=api_key, admin_api_key=admin_api_key
             ) or AsyncSGLang.connect(server_url, api_key=api_key, admin_api_key=admin_api_key)
         assert service is not None
-        if config is not None and config.method in ("broadcast", "tensor"):
+        method = "auto" if config is None else config.method
+        if method in ("broadcast", "tensor"):
             plan_ranks(service.cluster.infos)  # refuses what these can't reach
         num_ranks = count_ranks(service.cluster.infos)
         of_one = service.get_tp_size() * service.get_dp_size()
@@ -103,7 +107,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         self.server_url = service.server_url
         self.num_gpus = num_ranks
         self.model_path = model_path
-        self.pusher = WeightPusher(
+        self.pusher = (AdapterPusher if method == "lora" else WeightPusher)(
             service,
             config=config,
             master_address=master_address,

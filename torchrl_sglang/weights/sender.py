@@ -47,7 +47,7 @@ def get_model_metadata(model: Any) -> dict[str, tuple[torch.dtype, torch.Size]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in named.items()}
 
 
-def check_metadata(metadata: Metadata, expected: Expected) -> None:
+def check_metadata(metadata: Metadata | None, expected: Expected) -> None:
     """Checks that what a trainer wants to push is the served model, whole.
 
     Raises:
@@ -144,12 +144,13 @@ class SGLangWeightSender:
         self._scheme.collectors.append(collector)
 
     def init_all_workers_group(
-        self, model_metadata: Metadata, vllm_engine: Any = None, *, engine: Any = None
+        self, model_metadata: Metadata | None, vllm_engine: Any = None, *, engine: Any = None
     ) -> None:
         """Joins the trainer and all ranks of all servers into one group; harmless twice.
 
         Args:
-            model_metadata: what will be pushed, from `get_model_metadata`.
+            model_metadata: what will be pushed, from `get_model_metadata`; not used, and None will
+                do, where only an adapter is pushed.
             vllm_engine: the engine, under the name that TorchRL's recipe has for it. Only checked:
                 the scheme knows whom it pushes to.
             engine: the same, under a better name.
@@ -164,8 +165,9 @@ class SGLangWeightSender:
         for given in (vllm_engine, engine):
             if given is not None:
                 _check_engine(given, self._scheme.service)
-        path = self._scheme.model_path or self._scheme.service.model_path
-        check_metadata(model_metadata, expected_model(path))
+        if self._scheme.pusher.config.method != "lora":
+            path = self._scheme.model_path or self._scheme.service.model_path
+            check_metadata(model_metadata, expected_model(path))
         self._scheme.connect_once()
 
     def update_weights(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..client import ControlClient
 from ..config import WeightSyncConfig
 from ..errors import ServiceError, VerificationError
 from ..info import WorkerInfo
@@ -144,17 +145,48 @@ class Verifier:
         if self.verified_by == "checksum":
             return
         ids, ours = self._reference()
-        body = probe_body(ids, salt)
-        given = engines.collect("verify", lambda worker: worker.post("/generate", body))
-        for worker, answer in zip(engines.workers, given, strict=True):
-            theirs = _parsed(worker.url, parse_probe, answer, ids)
-            worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-            if worst > self._config.probe_tolerance:
-                raise VerificationError(
-                    f"{worker.url} scores a probe differently from the trainer's model: log-probs "
-                    f"differ by up to {worst:.3f} (probe_tolerance={self._config.probe_tolerance})."
-                )
+        compare_probe(engines, ids, ours, salt, self._config.probe_tolerance)
         self.verified_by = "probe"
+
+
+def compare_probe(
+    engines: Engines,
+    ids: list[int],
+    ours: Sequence[float],
+    salt: str,
+    tolerance: float,
+    lora: str | None = None,
+    timeout_s: float | None = None,
+) -> None:
+    """Scores a prompt on every server and compares with what the trainer's model gives.
+
+    Args:
+        engines: the servers.
+        ids: the prompt.
+        ours: the trainer's log-probs of ``ids[1:]``.
+        salt: one that no cache has seen.
+        tolerance: largest difference of a log-prob.
+        lora: the adapter to score with.
+        timeout_s: bound on waiting for a server; that on an order by default.
+
+    Raises:
+        VerificationError: the scores differ by more.
+        PushError: a server did not answer.
+    """
+    body = probe_body(ids, salt, lora)
+
+    def score(worker: ControlClient) -> Any:
+        return worker.post("/generate", body, timeout_s=timeout_s)
+
+    given = engines.collect("verify", score, timeout_s)
+    for worker, answer in zip(engines.workers, given, strict=True):
+        theirs = _parsed(worker.url, parse_probe, answer, ids)
+        worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        if worst > tolerance:
+            raise VerificationError(
+                f"{worker.url} scores a probe differently from the trainer's model: log-probs "
+                f"differ by up to {worst:.3f} (probe_tolerance={tolerance})."
+            )
 
 
 def _parsed(url: str, parse: Callable[..., T], *answer: Any) -> T:
