@@ -63,12 +63,12 @@ def adapter_path(path: str | os.PathLike[str], server_urls: Sequence[str]) -> st
 def check_folder(folder: Path) -> None:
     """Raises what is wrong with an adapter; errors as in `adapter_path`."""
     config = _read_config(folder)
-    for option, harmless in NOT_READ.items():
-        if config.get(option) not in harmless:
-            raise UnsupportedOptionError(
-                f"the adapter in {str(folder)!r} has {option}={config[option]!r}, which SGLang "
-                "does not read: it would generate as if it were not there."
-            )
+    unread = find_unread(config)
+    if unread is not None:
+        raise UnsupportedOptionError(
+            f"the adapter in {str(folder)!r} has {unread}={config[unread]!r}, which SGLang "
+            "does not read: it would generate as if it were not there."
+        )
     if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
         raise ConfigError(f"the folder {str(folder)!r} has no weights of an adapter.")
     shapes: dict[str, Shape] = {}
@@ -78,6 +78,13 @@ def check_folder(folder: Path) -> None:
         problem = find_problem(shapes, config["r"])
         if problem:
             raise ConfigError(f"the adapter in {str(folder)!r} can't be served: {problem}.")
+
+
+def find_unread(
+    config: Mapping[str, Any], options: Mapping[str, tuple[Any, ...]] = NOT_READ
+) -> str | None:
+    """The first option that SGLang does not read and that changes what an adapter computes."""
+    return next((o for o, harmless in options.items() if config.get(o) not in harmless), None)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
+from .adapter_calls import ask_all, list_of, registered, said, unload
 from .adapter_folder import adapter_path
+from .adapter_versions import AdapterVersions, versions_of
 from .client import ControlClient
 from .errors import (
     ConfigError,
@@ -19,7 +19,6 @@ from .errors import (
     HTTPAnswerError,
     InputError,
     RequestRefusedError,
-    ResponseError,
     ServiceError,
     UnsupportedOptionError,
 )
@@ -33,7 +32,6 @@ SERVE_WITH = (
     'lora_target_modules=["q_proj", "v_proj"] (or ["all"])'
 )
 
-T = TypeVar("T")
 Failures = Mapping[ControlClient, ServiceError]
 
 
@@ -49,9 +47,16 @@ class Adapters:
 
     Args:
         workers: a control client per server.
+        versions: what this process knows of adapters that are pushed.
+
+    Attributes:
+        versions: as given.
     """
 
-    def __init__(self, workers: Sequence[ControlClient]) -> None:
+    def __init__(
+        self, workers: Sequence[ControlClient], versions: AdapterVersions | None = None
+    ) -> None:
+        self.versions = versions or AdapterVersions()
         self._workers = tuple(workers)
         self._seen: dict[str, float] = {}  # when a name was last seen on every server
 
@@ -92,7 +97,7 @@ class Adapters:
                 "choose another name."
             )
         body = {"lora_name": name, "lora_path": folder, "pinned": pinned}
-        _, failures = _ask_all(
+        _, failures = ask_all(
             lambda worker: worker.post("/load_lora_adapter", body, timeout_s=timeout_s),
             self._workers,
         )
@@ -117,13 +122,14 @@ class Adapters:
         """
         _check_name(name)
         self._seen.pop(name, None)  # the servers may be waiting for requests for long
-        had_it, failures = _ask_all(partial(_unload, name, timeout_s), self._workers)
+        had_it, failures = ask_all(partial(unload, name, timeout_s), self._workers)
         self._seen.pop(name, None)  # a check may have come in between
+        self.versions.unloaded(name)
         if failures:
             self._raise_failure(f"adapter {name!r} was not unloaded", failures, "call unload again")
         if not any(had_it.values()):
             self._raise_disabled()
-            names = _list_of(self._registries().values())
+            names = list_of(self._registries().values())
             raise ConfigError(f"adapter {name!r} can't be unloaded: {names}")
 
     def names(self) -> tuple[str, ...]:
@@ -137,6 +143,7 @@ class Adapters:
     def check(self, names: Iterable[str | None]) -> None:
         """Raises unless every server has the adapters; None stands for none.
 
+        Of an adapter that is pushed, ``name@version``, it is enough that they have any version.
         Costs 1 ms per server, at most once in `LIST_VALID_S` for each name. An adapter that another
         process unloads is noticed after that time at the latest; requests that are under way by
         then make SGLang load it again.
@@ -149,7 +156,7 @@ class Adapters:
             UnsupportedOptionError: a name, and the servers run without LoRA.
             ServiceError: no server answers, or one answers with an error.
         """
-        wanted = {name for name in names if name is not None}
+        wanted = {n for n in names if n is not None and self.versions.pushed(n) is None}
         if "" in wanted:
             raise InputError('lora="" names no adapter: for the base model, leave it None.')
         asked_at = time.monotonic()
@@ -159,12 +166,15 @@ class Adapters:
         registries = self._registries(skip_dead=True)
         for name in sorted(stale):
             missing = [worker.url for worker, names in registries.items() if name not in names]
-            if missing:
+            everywhere = frozenset.intersection(*registries.values())
+            versions = versions_of(name, everywhere) if missing else ()
+            self.versions.listed(name, versions)
+            if missing and not versions:
                 self._seen.pop(name, None)
                 self._raise_disabled()
                 raise InputError(
                     f"adapter {name!r} is not loaded on {', '.join(missing)}: "
-                    f"{_list_of(registries.values())} Load it with "
+                    f"{list_of(registries.values())} Load it with "
                     f"service.lora.load({name!r}, folder)."
                 )
             self._seen[name] = asked_at
@@ -182,7 +192,7 @@ class Adapters:
         dead: ConnectError | None = None
         for worker in self._workers:
             try:
-                found[worker] = _registered(worker)
+                found[worker] = registered(worker)
             except ConnectError as error:
                 if not skip_dead:
                     raise
@@ -197,7 +207,7 @@ class Adapters:
         A server that did not answer may have loaded it all the same; one that refused has not.
         """
         loaded = [w for w in self._workers if not isinstance(failures.get(w), RequestRefusedError)]
-        _, left = _ask_all(partial(_unload, name, timeout_s), loaded)
+        _, left = ask_all(partial(unload, name, timeout_s), loaded)
         if left:
             urls = ", ".join(worker.url for worker in left)
             return f"{urls} may have it now: call unload({name!r}) once it answers"
@@ -208,7 +218,7 @@ class Adapters:
         self._raise_disabled()
         worker, error = next(iter(failures.items()))
         others = [f"{other.url} failed too" for other in failures if other is not worker]
-        message = "; ".join([f"{what}: {worker.url} says: {_said(error)}", *others, note])
+        message = "; ".join([f"{what}: {worker.url} says: {said(error)}", *others, note])
         if isinstance(error, HTTPAnswerError):
             raise type(error)(message, status=error.status, body=error.body) from error
         raise type(error)(message) from error
@@ -233,55 +243,3 @@ def _check_name(name: str) -> None:
     # SGLang loads one called "", and then takes "" in a request for none.
     if not isinstance(name, str) or not name:
         raise ConfigError(f"an adapter's name is a string that is not empty, got {name!r}.")
-
-
-def _registered(worker: ControlClient) -> frozenset[str]:
-    """Names from ``/v1/models``, which lists the base model too; only adapters have a parent."""
-    answer = worker.get("/v1/models")
-    try:
-        return frozenset(card["id"] for card in answer["data"] if card.get("parent") is not None)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ResponseError(
-            f"GET {worker.url}/v1/models gave no list of models: {str(answer)[:200]!r}."
-        ) from error
-
-
-def _unload(name: str, timeout_s: float | None, worker: ControlClient) -> bool:
-    """Whether the server had it."""
-    try:
-        worker.post("/unload_lora_adapter", {"lora_name": name}, timeout_s=timeout_s)
-    except RequestRefusedError:
-        if name in _registered(worker):
-            raise
-        return False
-    return True
-
-
-def _ask_all(
-    call: Callable[[ControlClient], T], workers: Sequence[ControlClient]
-) -> tuple[dict[ControlClient, T], dict[ControlClient, ServiceError]]:
-    """Calls for all workers at once: the answers, and the errors of those that failed."""
-    answers: dict[ControlClient, T] = {}
-    errors: dict[ControlClient, ServiceError] = {}
-    with ThreadPoolExecutor(max(1, len(workers))) as pool:
-        futures = {worker: pool.submit(call, worker) for worker in workers}
-        for worker, future in futures.items():
-            try:
-                answers[worker] = future.result()
-            except ServiceError as error:
-                errors[worker] = error
-    return answers, errors
-
-
-def _list_of(registries: Iterable[frozenset[str]]) -> str:
-    names = sorted(frozenset.intersection(*registries))
-    return f"every server has {', '.join(map(repr, names)) or 'none'}."
-
-
-def _said(error: ServiceError) -> str:
-    """SGLang's own words, which for adapters are in a field of their own."""
-    try:
-        said = json.loads(getattr(error, "body", "")).get("error_message")
-    except (ValueError, AttributeError):
-        said = None
-    return str(said or error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,7 @@ from .errors import ConfigError
 Device = Literal["cpu", "cuda"]
 RouterPolicy = Literal["round_robin", "random", "cache_aware", "power_of_two"]
 PauseMode = Literal["retract", "in_place", "abort"]
-SyncMethod = Literal["auto", "broadcast", "tensor", "disk"]
+SyncMethod = Literal["auto", "broadcast", "tensor", "disk", "lora"]
 SyncLayout = Literal["auto", "flattened", "tensors"]
 Verify = Literal["always", "first", "never"]
 VerifyMethod = Literal["auto", "checksum", "probe"]
@@ -186,9 +186,13 @@ class WeightSyncConfig:
 
     Attributes:
         method: ``"broadcast"`` sends over a collective; ``"tensor"`` shares memory with servers on
-            this machine; ``"disk"`` has them load files; ``"auto"`` picks one.
+            this machine; ``"disk"`` has them load files; ``"auto"`` picks one of these. ``"lora"``
+            pushes a LoRA adapter alone, and pauses nothing.
         folder: where ``"disk"`` writes, as trainer and servers both see it; None for a temporary
             folder, which servers on this machine can read.
+        translate: from the trainer's own names to Hugging Face's, for checkpoints in another form
+            (Megatron's): takes the trainer's entries by name, returns the served model's tensors by
+            name, a mapping or pairs. It may rename, divide and join tensors, and leave some out.
         pause_mode: what happens to requests in flight: ``"retract"`` requeues them, so that they
             go on under the new weights, their prompt and what they have computed anew; in
             ``"in_place"`` they freeze and go on with what they have; ``"abort"`` ends them.
@@ -211,10 +215,12 @@ class WeightSyncConfig:
             stuck in a broadcast, which then need a restart as well.
         non_blocking: a push returns once it has its own copy of the weights; the next one, and
             ``wait()``, wait for its end.
+        adapter_name: with ``"lora"``, what requests call the adapter.
     """
 
     method: SyncMethod = "auto"
     folder: str | None = None
+    translate: Callable[[Mapping[str, Any]], Any] | None = None
     pause_mode: PauseMode = "retract"
     bucket_bytes: int = 2 << 30
     layout: SyncLayout = "auto"
@@ -225,6 +231,7 @@ class WeightSyncConfig:
     check_finite: bool = False
     lost_engines: LostEngines = "raise"
     non_blocking: bool = False
+    adapter_name: str = "policy"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -242,6 +249,25 @@ class WeightSyncConfig:
             not (self.pause_mode == "in_place" and self.flush_cache),
             "flush_cache=True with pause_mode='in_place': servers don't flush while requests are "
             "frozen; leave flush_cache out, or use pause_mode='retract'.",
+        )
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        name, lora = self.adapter_name, self.method == "lora"
+        _require(
+            isinstance(name, str) and bool(name) and "@" not in name,
+            "adapter_name must be a string that is not empty and has no '@', which sets a version "
+            f"apart, got {name!r}.",
+        )
+        _require(
+            not (lora and self.non_blocking),
+            "non_blocking=True with method='lora': such a push holds no request back, and copies "
+            "the adapter before it sends; leave non_blocking out.",
+        )
+        _require(
+            not (lora and self.verify_method == "checksum"),
+            "verify_method='checksum' with method='lora': servers have no checksums of adapters; "
+            "use 'auto' or 'probe'.",
         )
 
     @property

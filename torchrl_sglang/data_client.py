@@ -48,6 +48,7 @@ class Batch:
         workers: servers behind the router, for what it does not pass on; empty without a router.
         positions: each request's index in its caller's own batch; None: as they are.
         arrive: called with the completions of each request as soon as it is finished.
+        adapters_in_use: keeps what they name loaded while the batch lives.
     """
 
     requests: Sequence[GenerateRequest]
@@ -57,6 +58,7 @@ class Batch:
     workers: tuple[str, ...] = ()
     positions: Sequence[int] | None = None
     arrive: Callable[[list[Completion]], None] | None = None
+    adapters_in_use: object = None
 
 
 class DataClient:

@@ -25,6 +25,7 @@ class Features:
         routed_experts: it returns the experts of a mixture of experts.
         processors: it runs custom logit processors.
         lora: it runs LoRA adapters.
+        max_adapters: how many it holds at once; None: any number.
         sessions: it holds sessions.
         images, audio: the model understands them.
     """
@@ -36,6 +37,7 @@ class Features:
     routed_experts: bool = False
     processors: bool = False
     lora: bool = False
+    max_adapters: int | None = None
     sessions: bool = False
     images: bool = False
     audio: bool = False
@@ -166,6 +168,7 @@ def parse_features(
         routed_experts=bool(server_info.get("enable_return_routed_experts")),
         processors=bool(server_info.get("enable_custom_logit_processor")),
         lora=bool(server_info.get("enable_lora")),
+        max_adapters=server_info.get("max_loaded_loras"),
         sessions="/open_session" in routes,
         images=bool(model_info.get("has_image_understanding")),
         audio=bool(model_info.get("has_audio_understanding")),

@@ -227,9 +227,11 @@ class GeneratingModel(ServedModel):
         self.check(batch)
         self.gate.wait_until_open(self.timeouts.request_s)
         cluster = self.cluster
+        requests, in_use = self.lora.versions.resolved(batch, self._known_version)
         return Batch(
-            requests=batch,
+            requests=requests,
             cache_salt=self._cache_salt(),
+            adapters_in_use=in_use,
             within_s=self.timeouts.request_s - (time.monotonic() - start),
             seeded=self.info.features.deterministic,
             workers=tuple(w.url for w in cluster.workers) if cluster.behind_router else (),
@@ -249,9 +251,7 @@ class GeneratingModel(ServedModel):
         for features in {info.features for info in infos}:
             for request in batch:
                 features.check(request)
-        adapters = {request.lora for request in batch if request.lora is not None}
-        if adapters:  # SGLang itself would load an unloaded one again
-            self.lora.check(adapters)
+        self.lora.check(each.lora for each in batch)  # SGLang itself would load it again
 
     @property
     @abc.abstractmethod
@@ -276,10 +276,10 @@ class GeneratingModel(ServedModel):
 
     def _cache_salt(self) -> str | None:
         """Separates prefixes cached under different weights, where the servers can."""
-        if not self.info.capabilities.cache_salt:
-            return None
-        version = retried(lambda: self.weight_version, self.timeouts.retry_s)
-        return f"weights-{version}"
+        return f"weights-{self._known_version()}" if self.info.capabilities.cache_salt else None
+
+    def _known_version(self) -> str:
+        return retried(lambda: self.weight_version, self.timeouts.retry_s)
 
 
 _Finished = tuple[int, list[Completion]] | None

@@ -21,11 +21,13 @@ class Capabilities:
         update_session: updates go between ``begin_weight_update`` and ``end_weight_update``.
         checksum: the server hashes its own weights.
         cache_salt: requests take an ``extra_key`` that separates cached prefixes.
+        adapter_tensors: it loads a LoRA adapter from the request itself, not only from a folder.
     """
 
     update_session: bool
     checksum: bool
     cache_salt: bool
+    adapter_tensors: bool = False
 
 
 def parse_capabilities(openapi: Mapping[str, Any]) -> Capabilities:
@@ -40,6 +42,7 @@ def parse_capabilities(openapi: Mapping[str, Any]) -> Capabilities:
         update_session={"/begin_weight_update", "/end_weight_update"} <= routes,
         checksum="/weights_checker" in routes,
         cache_salt="extra_key" in request_fields(openapi),
+        adapter_tensors="/load_lora_adapter_from_tensors" in routes,
     )
 
 
@@ -90,6 +93,11 @@ class WorkerInfo:
     vocab_size: int | None = None
     quantization: str | None = None
     gpus: tuple[int, ...] = ()
+
+    @property
+    def num_copies(self) -> int:
+        """Data-parallel replicas within the server, each of which holds all weights."""
+        return 1 if self.dp_attention else self.dp_size
 
     def check(self, batch: Sequence[GenerateRequest]) -> None:
         """Raises for what the server would refuse, or end at; see `check_ids` for its vocabulary.

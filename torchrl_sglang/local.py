@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
+from .adapter_versions import AdapterVersions
 from .adapters import Adapters
 from .attach import Cluster, Credentials, attach
 from .background import BackgroundLoop
@@ -36,6 +37,7 @@ class LocalResources:
         self.pushed_version: int | None = None
         self.cluster: Cluster | None = None
         self.sessions = Sessions()
+        self._versions = AdapterVersions()
         self._adapters: tuple[tuple[ControlClient, ...], Adapters] | None = None
         self._pid = os.getpid()
         self._loop: BackgroundLoop | None = None
@@ -58,7 +60,7 @@ class LocalResources:
         """The adapters of these servers; what it was told lately is kept between calls."""
         with self.lock:
             if self._adapters is None or self._adapters[0] is not workers:
-                self._adapters = (workers, Adapters(workers))
+                self._adapters = (workers, Adapters(workers, self._versions))
             return self._adapters[1]
 
     def data_plane(

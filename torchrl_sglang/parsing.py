@@ -103,7 +103,7 @@ def never_ran(request: GenerateRequest) -> list[Completion]:
         matched_stop=None,
         prompt_tokens=len(request.input_ids or ()),
         cached_tokens=0,
-        version_spans=(),
+        version_spans=_adapter_span(request, 0),
         top_log_probs=[] if returns.top_log_probs else None,
         sampling_mask=[] if returns.sampling_mask else None,
         sampling_log_probs=[] if returns.sampling_mask else None,
@@ -249,6 +249,8 @@ def _asked(meta: Mapping[str, Any], name: str, request: GenerateRequest) -> Any:
 def _version_spans(
     meta: Mapping[str, Any], num_tokens: int, request: GenerateRequest
 ) -> tuple[VersionSpan, ...]:
+    if request.adapter_version is not None:
+        return _adapter_span(request, num_tokens)  # it stays, whatever the servers are told since
     spans = meta.get("weight_versions")
     if not spans:
         version = meta.get("weight_version", INITIAL_VERSION)
@@ -262,3 +264,10 @@ def _version_spans(
             f"request {request.rid}: version spans {spans} do not cover {num_tokens} tokens."
         )
     return parsed
+
+
+def _adapter_span(request: GenerateRequest, num_tokens: int) -> tuple[VersionSpan, ...]:
+    """The version of a pushed adapter, which a request keeps to its end; nothing without one."""
+    if request.adapter_version is None:
+        return ()
+    return (VersionSpan(version=str(request.adapter_version), start=0, end=num_tokens),)

@@ -109,7 +109,8 @@ class GenerateRequest:
         return_log_probs: ask for the log-prob of every sampled token.
         returns: what else to ask for.
         processor: a change to the logits.
-        lora: name of a loaded LoRA adapter.
+        lora: name of a loaded LoRA adapter; of one that is pushed, its newest version is meant.
+        adapter_version: the version that this turned out to be; set when it is sent.
         media: images, videos and audio.
         session: its place in a session.
         scoring: only log-probs of the prompt, no token is generated.
@@ -124,6 +125,7 @@ class GenerateRequest:
     returns: Returns = field(default_factory=Returns)
     processor: LogitProcessor | None = None
     lora: str | None = None
+    adapter_version: int | None = None
     media: Media | None = None
     session: SessionTurn | None = None
     scoring: bool = False

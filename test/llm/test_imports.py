@@ -169,7 +169,8 @@ def test_one_home_for_each_outside_thing(package: str, homes: list[str]) -> None
         ("info", ["errors", "completions", "features", "protocol", "vocabulary"]),
         ("vocabulary", ["errors", "protocol"]),
         ("batching", ["errors"]),
-        ("adapter_folder", ["errors"]),
+        ("adapter_folder", ["errors", "hosts"]),
+        ("hosts", []),
         ("gate", ["errors"]),
         ("background", ["errors"]),
         # These run where torchrl_sglang is not installed.

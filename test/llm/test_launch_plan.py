@@ -60,6 +60,14 @@ def argv_of(config: ServerConfig) -> list[str]:
     return server_argv(config, python="/py", port=3000, nccl_port=4000)
 
 
+def test_data_parallel_replicas_find_ports_of_their_own() -> None:
+    """They would all listen on one that is given, and all but one would end."""
+    single = ServerConfig(model_path="m", device="cuda")
+    several = ServerConfig(model_path="m", device="cuda", dp_size=2)
+    assert "--nccl-port" in argv_of(single)
+    assert "--nccl-port" not in argv_of(several)
+
+
 # Words of a command line
 
 

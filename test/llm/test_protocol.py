@@ -327,6 +327,12 @@ def test_capabilities(api: dict[str, Any], expected: tuple[bool, bool, bool]) ->
     )
 
 
+def test_the_capability_to_load_adapters_from_tensors() -> None:
+    route = "/load_lora_adapter_from_tensors"
+    assert parse_capabilities(openapi(*ROUTES, route)).adapter_tensors
+    assert not parse_capabilities(openapi(*ROUTES, "/load_lora_adapter")).adapter_tensors
+
+
 @pytest.mark.parametrize("api", [{}, openapi("/generate"), openapi("/pause_generation", "/v1")])
 def test_a_server_of_another_kind_or_too_old(api: dict[str, Any]) -> None:
     with pytest.raises(ConnectError, match=r"older than 0\.5\.10"):

@@ -272,10 +272,7 @@ def test_metadata_says_the_trainers_dtype_and_no_buffers(model: Any) -> None:
     assert "extra" not in get_model_metadata(model)
 
 
-def test_metadata_of_what_has_none(model: Any) -> None:
-    model.merge_and_unload = lambda: None
-    with pytest.raises(WeightsError, match="PEFT"):
-        get_model_metadata(model)
+def test_metadata_of_what_has_none() -> None:
     with pytest.raises(WeightsError, match="no parameters"):
         get_model_metadata(nn.Identity())
     with pytest.raises(WeightsError, match="int"):
@@ -662,6 +659,7 @@ def test_the_documents_snippet(
     service: AsyncSGLang, tokenizer: Any, model: Any, restore_weights: None
 ) -> None:
     text = (Path(__file__).parents[2] / "docs/source/weight_sync.rst").read_text()
+    text = text.partition("Without a collector\n---")[2]
     (block,) = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
     collector = make_collector(service, tokenizer, track_policy_version=True)
     names = {"service": service, "train_model": perturb(model, seed=26), "collector": collector}

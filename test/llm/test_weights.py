@@ -453,8 +453,9 @@ def test_data_parallel_servers_are_refused(proxied: AsyncSGLang, proxy: FaultPro
         garble=lambda content: json.dumps({**json.loads(content), "dp_size": 2}).encode()
     )
     proxied.refresh()
-    with pytest.raises(TopologyError, match="num_replicas"):
-        SGLangWeightSyncScheme(proxied)
+    for method in ("broadcast", "tensor"):
+        with pytest.raises(TopologyError, match="num_replicas"):
+            SGLangWeightSyncScheme(proxied, config=WeightSyncConfig(method=method))
 
 
 def test_the_engine_takes_weights_itself(

@@ -258,6 +258,33 @@ def test_a_dtype_that_torch_lacks(served: str) -> None:
 # Ranks
 
 
+LAYER = "model.layers.3.self_attn."
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 20, 30, 1 << 20])
+def test_what_a_server_loads_together_is_not_divided(bucket_bytes: int) -> None:
+    """SGLang fuses and derives them within one call; in two they would be lost."""
+    mla = [
+        spec(LAYER + "q_a_proj.weight", 4),
+        spec("model.layers.3.input_layernorm.weight", 4),
+        spec(LAYER + "q_b_proj.weight", 4),
+        spec(LAYER + "kv_a_proj_with_mqa.weight", 4),
+        spec(LAYER + "kv_b_proj.weight", 4, item_bytes=1),
+        spec("model.layers.4.self_attn.q_a_proj.weight", 4),
+        spec(LAYER + "kv_b_proj.weight_scale_inv", 1, item_bytes=4),
+    ]
+    buckets = plan_buckets(mla, bucket_bytes)
+    together = {LAYER + name for name in ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
+    holding = [b for b in names(buckets) if any(n.rpartition(".")[0] in together for n in b)]
+    assert len(holding) == 1
+    assert sorted(itertools.chain(*names(buckets))) == sorted(t.name for t in mla)
+    for bucket in buckets:
+        widths = [tensor.item_bytes for tensor in bucket.tensors]
+        assert widths == sorted(widths, reverse=True)
+    if bucket_bytes == 1:
+        assert [len(b) for b in names(buckets)] == [4, 1, 1, 1]
+
+
 def worker(**changes: Any) -> WorkerInfo:
     usual: dict[str, Any] = {
         "url": "http://s",

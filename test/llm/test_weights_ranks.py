@@ -120,6 +120,25 @@ def test_one_other_element_is_found_on_its_rank(
     assert wrong == [[served] if rank in ranks else [] for rank in (0, 1)]
 
 
+@pytest.mark.parametrize("method", ["tensor", "disk"])
+def test_other_ways_reach_both_ranks(
+    two_ranks: AsyncSGLang, path: Path, model: Any, method: Any
+) -> None:
+    """Each rank gets a message of its own, and takes its part of what it says."""
+    made = SGLangWeightSyncScheme(
+        two_ranks,
+        config=WeightSyncConfig(method=method, verify_method="checksum", bucket_bytes=1 << 16),
+    )
+    made.connect_once()
+    for seed in (61, 62):
+        made.send(perturb(model, seed=seed))
+        assert made.last_push is not None
+        assert made.last_push.verified_by == "checksum"
+        assert made.last_push.num_buckets > 2
+        assert wrong_on_ranks(two_ranks, path, model) == [[], []]
+    made.close()
+
+
 def test_a_push_that_arrives_otherwise_is_refused(
     model: Any, scheme: SGLangWeightSyncScheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,8 @@ def server_argv(config: ServerConfig, *, python: str, port: int, nccl_port: int)
         "device": config.device,
         "host": config.host,
         "port": port,
-        "nccl_port": nccl_port,
+        # Data-parallel replicas would all listen on a port that is given: each finds its own then.
+        "nccl_port": nccl_port if config.dp_size == 1 else None,
         "tp_size": config.tp_size,
         "dp_size": config.dp_size,
         "pp_size": config.pp_size,

@@ -38,8 +38,13 @@ class RankChecksums:
     checksums: Mapping[str, str]
 
 
-def parse_checksums(answer: Any, tp_size: int) -> list[RankChecksums]:
+def parse_checksums(answer: Any, tp_size: int, num_copies: int = 1) -> list[RankChecksums]:
     """Reads an answer to ``{"action": "checksum"}``, in the order of the ranks.
+
+    Args:
+        answer: the JSON.
+        tp_size: tensor-parallel ranks of the server.
+        num_copies: data-parallel replicas within it, each with all of these.
 
     Raises:
         ValueError: it is not one, or not every rank is in it exactly once.
@@ -56,8 +61,9 @@ def parse_checksums(answer: Any, tp_size: int) -> list[RankChecksums]:
         raise ValueError(f"no checksums in {str(answer)[:200]!r}") from error
     ranks.sort(key=lambda rank: rank.tp_rank)
     found = [rank.tp_rank for rank in ranks]
-    if found != list(range(tp_size)):
-        raise ValueError(f"checksums of ranks {found} instead of 0 to {tp_size - 1}")
+    if found != sorted([*range(tp_size)] * num_copies):
+        times = f", {num_copies} times each" if num_copies > 1 else ""
+        raise ValueError(f"checksums of ranks {found} instead of 0 to {tp_size - 1}{times}")
     return ranks
 
 

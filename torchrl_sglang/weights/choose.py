@@ -44,7 +44,7 @@ def choose_method(method: SyncMethod, infos: Sequence[WorkerInfo], device: torch
     """
     if method in ("broadcast", "tensor", "disk"):
         return Choice(method=method, reason="it was asked for")
-    parallel = [info.url for info in infos if info.pp_size > 1 or _has_dp(info)]
+    parallel = [info.url for info in infos if info.pp_size > 1 or info.num_copies > 1]
     if parallel:
         return Choice(
             method="disk",
@@ -63,10 +63,6 @@ def choose_method(method: SyncMethod, infos: Sequence[WorkerInfo], device: torch
             reason=f"{sharing[0]} runs on the trainer's GPU, where NCCL takes one rank only",
         )
     return Choice(method="broadcast", reason="trainer and servers have GPUs of their own")
-
-
-def _has_dp(info: WorkerInfo) -> bool:
-    return info.dp_size > 1 and not info.dp_attention
 
 
 def make_carrier(

@@ -137,10 +137,10 @@ class Engines:
         """
         watch(self.ask(call), step=step, timeout_s=timeout_s or self.timeout_s)
 
-    def collect(self, step: str, call: Call) -> list[Any]:
+    def collect(self, step: str, call: Call, timeout_s: float | None = None) -> list[Any]:
         """What every server answers to a call, in the servers' order; errors as in `do`."""
         asked = self.ask(call)
-        watch(asked, step=step, timeout_s=self.timeout_s)
+        watch(asked, step=step, timeout_s=timeout_s or self.timeout_s)
         return [answer.result() for answer in asked]
 
     def post(self, step: str, path: str, body: Mapping[str, Any] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -82,24 +83,45 @@ class Bucket:
         }
 
 
+# Multi-head latent attention: SGLang fuses the first two, derives what it computes with from the
+# third and its scales, and joins parts of the last, all within the call that loads them. Divided,
+# they would be lost in silence.
+# Source: ``models/deepseek_common/deepseek_weight_loader.py`` of SGLang 0.5.23.
+TOGETHER = re.compile(r"(.*\.self_attn)\.(?:q_a_proj|kv_a_proj_with_mqa|kv_b_proj|indexer)\.")
+
+
 def plan_buckets(tensors: Iterable[TensorSpec], bucket_bytes: int) -> list[Bucket]:
     """Divides tensors into buckets of at most ``bucket_bytes``; a larger tensor is one alone.
 
-    Wider elements come first: the server refuses a tensor whose offset in the bucket is not a
-    multiple of its element size, and any sum of wider elements is.
+    Tensors that a server has to load together (`TOGETHER`) are never divided, even where they are
+    more than that. Within a bucket wider elements come first: the server refuses a tensor whose
+    offset is not a multiple of its element size, and any sum of wider elements is.
     """
     buckets: list[Bucket] = []
     held: list[TensorSpec] = []
     size = 0
-    for tensor in sorted(tensors, key=lambda t: -t.item_bytes):
-        if held and size + tensor.num_bytes > bucket_bytes:
-            buckets.append(Bucket(tensors=tuple(held)))
+    for group in _groups(tensors):
+        added = sum(tensor.num_bytes for tensor in group)
+        if held and size + added > bucket_bytes:
+            buckets.append(_bucket(held))
             held, size = [], 0
-        held.append(tensor)
-        size += tensor.num_bytes
+        held += group
+        size += added
     if held:
-        buckets.append(Bucket(tensors=tuple(held)))
+        buckets.append(_bucket(held))
     return buckets
+
+
+def _groups(tensors: Iterable[TensorSpec]) -> Iterable[list[TensorSpec]]:
+    groups: dict[str, list[TensorSpec]] = {}
+    for tensor in tensors:
+        together = TOGETHER.match(tensor.name)
+        groups.setdefault(together[1] if together else tensor.name, []).append(tensor)
+    return sorted(groups.values(), key=lambda group: -max(t.item_bytes for t in group))
+
+
+def _bucket(tensors: list[TensorSpec]) -> Bucket:
+    return Bucket(tensors=tuple(sorted(tensors, key=lambda t: -t.item_bytes)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,15 +151,20 @@ def plan_ranks(workers: Sequence[WorkerInfo]) -> Ranks:
     return Ranks(world_size=next_rank, offsets=tuple(offsets))
 
 
+def count_ranks(workers: Sequence[WorkerInfo]) -> int:
+    """Processes that hold weights, in all servers together."""
+    return sum(w.tp_size * w.pp_size * w.num_copies for w in workers)
+
+
 def check_topology(worker: WorkerInfo) -> None:
     """Raises `TopologyError` where SGLang refuses a broadcast, or hangs in it."""
     if worker.pp_size > 1:
         raise TopologyError(
             f"{worker.url} runs with pp_size={worker.pp_size}: a weight broadcast deadlocks there. "
-            "Use tp_size instead, or more replicas."
+            "Use tp_size instead, or more replicas, or WeightSyncConfig(method='disk')."
         )
-    if worker.dp_size > 1 and not worker.dp_attention:
+    if worker.num_copies > 1:
         raise TopologyError(
             f"{worker.url} runs with dp_size={worker.dp_size}: SGLang takes no weight broadcast "
-            "there. Use num_replicas instead of dp_size."
+            "there. Use num_replicas instead of dp_size, or WeightSyncConfig(method='disk')."
         )

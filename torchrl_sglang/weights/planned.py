@@ -12,11 +12,13 @@ from torch import nn
 from ..config import WeightSyncConfig
 from ..errors import WeightsError
 from ..info import WorkerInfo
-from .expected import expected_model
+from .expected import Expected, expected_model, model_config
+from .lazy import LazyWeights
+from .merged import MergedWeights, adapter_parameters, has_adapters, tuned_layers
 from .plan import Bucket, plan_buckets, spec_of
 from .served_dtype import served_dtype
 from .sharded import ShardedWeights, is_sharded
-from .source import check_finite, matched, named_weights
+from .source import check_finite, matched, named_weights, unwrap
 from .verify import Verifier
 
 
@@ -49,6 +51,7 @@ def make_plan(
     version: int,
     verifies: bool,
     copy: bool,
+    partial: bool = False,
 ) -> Plan:
     """Reads and checks the weights.
 
@@ -62,6 +65,7 @@ def make_plan(
         verifies: the push will be verified.
         copy: the push runs while the trainer goes on: take a copy of the weights, and compute now
             what is needed of the model.
+        partial: a part of the model's parameters is pushed, the others stay as they are.
 
     Raises:
         NotConnectedError: there are no weights.
@@ -69,23 +73,24 @@ def make_plan(
         VerificationError: the servers can't be verified in the way that is asked for.
     """
     expected = expected_model(model_path)
-    weights: Mapping[str, torch.Tensor] = matched(named_weights(source), expected)
+    refuse_quantised(infos, model_path)
+    named = matched(named_weights(source, config.translate), expected, partial=partial)
     if config.check_finite:
-        check_finite(weights)
+        check_finite({**named, **_adapters(source)})
     dtype = served_dtype(infos[0], expected)
-    sharded = any(map(is_sharded, weights.values()))
+    specs = [spec_of(name, tensor, dtype) for name, tensor in named.items()]
+    weights = _made_when_sent(named, source, expected)
     if copy:
-        if sharded:
+        if isinstance(weights, ShardedWeights):
             raise WeightsError(
                 "sharded weights are gathered by all ranks together, which can't go on while they "
                 "train: push with WeightSyncConfig(non_blocking=False)."
             )
         weights = {name: t.detach().to(dtype, copy=True) for name, t in weights.items()}
-    specs = [spec_of(name, tensor, dtype) for name, tensor in weights.items()]
     model = source if isinstance(source, nn.Module) else reference
-    if sharded:
-        weights, model = ShardedWeights(weights), None
-    verifier = Verifier(config, infos, weights, dtype, model)
+    if isinstance(weights, LazyWeights):
+        model = None
+    verifier = Verifier(config, infos, weights, dtype, model, partial=partial)
     if verifies:
         verifier.refuse_impossible()
         if copy:
@@ -97,3 +102,49 @@ def make_plan(
         verifier=verifier,
         version=version,
     )
+
+
+def _made_when_sent(
+    named: dict[str, torch.Tensor], source: Any, expected: Expected
+) -> Mapping[str, torch.Tensor]:
+    """The weights, of which sharded ones are gathered, and adapters merged, when they are sent.
+
+    Raises:
+        WeightsError: the weights are both; or an adapter changes one of two tied parameters.
+    """
+    adapted = isinstance(source, nn.Module) and has_adapters(unwrap(source))
+    layers = tuned_layers(unwrap(source)) if adapted else {}
+    if any(map(is_sharded, named.values())):
+        if layers:
+            raise WeightsError(
+                "a PEFT model that is sharded can't be merged here: push the adapters alone with "
+                "WeightSyncConfig(method='lora'), or a merged state dict."
+            )
+        return ShardedWeights(named)
+    for name, partner in expected.tied.items():
+        if partner in named and id(named[partner]) in layers:
+            raise WeightsError(
+                f"an adapter changes {partner} or {name}, which {expected.model_path} ties: merged "
+                "they would differ, and the servers hold only one of them. Leave both out of the "
+                "adapter's target_modules."
+            )
+    return MergedWeights(named, layers) if layers else named
+
+
+def _adapters(source: Any) -> dict[str, torch.Tensor]:
+    """The parameters of adapters that are merged into what is sent, if there are any."""
+    adapted = isinstance(source, nn.Module) and has_adapters(unwrap(source))
+    return adapter_parameters(unwrap(source)) if adapted else {}
+
+
+def refuse_quantised(infos: Sequence[WorkerInfo], model_path: str) -> None:
+    """Raises `WeightsError` where servers hold quantised weights, which a trainer's are not."""
+    for info in infos:
+        config = model_config(model_path)
+        kind = info.quantization or getattr(config, "quantization_config", None)
+        if kind:
+            raise WeightsError(
+                f"{info.url} serves quantised weights ({kind}): a push sends the trainer's as they "
+                "are, without the scales that go with quantised ones. Serve the model unquantised, "
+                "or push adapters alone with WeightSyncConfig(method='lora')."
+            )

@@ -23,9 +23,17 @@ def probe_ids(vocab_size: int) -> list[int]:
     return ids
 
 
-def probe_body(ids: list[int], salt: str) -> dict[str, Any]:
-    """The body of ``/generate`` that scores ``ids``, under a salt that no cache has seen."""
+def probe_body(ids: list[int], salt: str, lora: str | None = None) -> dict[str, Any]:
+    """The body of ``/generate`` that scores ``ids``, under a salt that no cache has seen.
+
+    Args:
+        ids: the prompt.
+        salt: the salt.
+        lora: the adapter to score with.
+    """
+    adapter = {} if lora is None else {"lora_path": lora}
     return {
+        **adapter,
         "input_ids": ids,
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
@@ -56,18 +64,26 @@ def parse_probe(answer: Any, ids: list[int]) -> list[float]:
 def reference_log_probs(
     model: nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, ids: list[int]
 ) -> list[float]:
-    """What the trainer's model gives ``ids[1:]``, computed with the weights as they were sent."""
+    """What the trainer's model gives ``ids[1:]``, computed with the weights as they were sent.
+
+    Args:
+        model: the model, also in a wrapper.
+        weights: what was sent, by the names of its parameters; it has others of its own.
+        dtype: dtype in which it was sent.
+        ids: the prompt.
+    """
     model = unwrap(model)
     sent = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
     inputs = torch.tensor([ids], device=next(iter(sent.values())).device)
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         logits = torch.func.functional_call(
             model, sent, (inputs,), {"use_cache": False}, tie_weights=True
         ).logits
     finally:
-        model.train(training)
+        for module in training:  # each by itself: a trainer may keep some of them in eval mode
+            module.training = True
     scores = logits[0, :-1].float().log_softmax(-1)
     values: list[float] = scores.gather(-1, inputs[0, 1:, None]).squeeze(-1).tolist()
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..info import WorkerInfo
 from .checksum import RankChecksums, disagreements, expected_checksums, mismatches
 from .lazy import parts_of
 from .shards import FAMILIES, Heads, Rank, heads_of, ignored, why_unknown
+from .shards import parts_of as fused_of
 from .source import shown
 
 Answer = Sequence[RankChecksums]
@@ -57,6 +59,7 @@ class ChecksumProof:
         weights: what was sent, in the checkpoint's names.
         dtype: dtype in which the servers hold it.
         config_of: the model config of what a server serves, or None.
+        partial: a part of the model was sent, and only that is looked at.
     """
 
     def __init__(
@@ -64,10 +67,13 @@ class ChecksumProof:
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
         config_of: Callable[[WorkerInfo], Any | None],
+        *,
+        partial: bool = False,
     ) -> None:
         self._weights = weights
         self._dtype = dtype
         self._config_of = config_of
+        self._partial = partial
         self._shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(weights).items()}
         self._known: dict[tuple[object, ...], dict[str, str]] = {}
 
@@ -94,12 +100,31 @@ class ChecksumProof:
                 )
         return unproved
 
+    def _of_what_was_sent(self, info: WorkerInfo, answer: Answer) -> Answer:
+        """Of what an engine hashed, the parameters all parts of which were sent."""
+        sent = self._shapes.keys()
+        parts = {name: set(fused_of(name, sent)) for rank in answer for name in rank.checksums}
+        self._refuse_lost(info, sorted(sent - set().union(*parts.values())))
+        return [
+            replace(rank, checksums={n: h for n, h in rank.checksums.items() if parts[n] <= sent})
+            for rank in answer
+        ]
+
+    def _refuse_lost(self, info: WorkerInfo, lost: Sequence[str]) -> None:
+        if lost:
+            raise VerificationError(
+                f"{info.url} has no parameter for {len(lost)} of those that were sent, so it "
+                f"computes without them: {shown([*lost])}."
+            )
+
     def why_unproved(self, info: WorkerInfo, answer: Answer) -> str | None:
         """Why an answer proves nothing; None if the engine holds exactly what was sent.
 
         Raises:
             VerificationError: it does not.
         """
+        if self._partial:
+            answer = self._of_what_was_sent(info, answer)
         config = self._config_of(info)
         family = family_of(info, config)
         heads = heads_of(config)
@@ -127,12 +152,8 @@ class ChecksumProof:
     ) -> str | None:
         if info.dp_attention:
             return DP_ATTENTION
-        lost = ignored(rank.checksums, self._shapes) if family in FAMILIES else []
-        if lost:
-            raise VerificationError(
-                f"{info.url} has no parameter for {len(lost)} of those that were sent, so it "
-                f"computes without them: {shown(lost)}."
-            )
+        if family in FAMILIES and not self._partial:
+            self._refuse_lost(info, ignored(rank.checksums, self._shapes))
         return why_unknown(
             rank.checksums,
             self._shapes,

@@ -25,7 +25,8 @@ class PushResult:
             retracted may go on from a prefix of the old weights, new ones do not.
         lost_engines: URLs of servers that died on the way and were left out.
         step_s: seconds of each step, by name: ``join`` (only with a new group), ``pause``,
-            ``flush``, ``begin``, ``transfer``, ``end``, ``verify``, ``version``, ``continue``.
+            ``flush``, ``begin``, ``transfer``, ``end``, ``verify``, ``version``, ``continue``;
+            of an adapter ``room``, ``load``, ``verify``, ``version``.
         push_s: seconds from the first announcement to the last acknowledgement.
         paused_s: seconds from pause to continue.
         total_s: seconds of all of it.

@@ -16,7 +16,8 @@ from ..config import WeightSyncConfig
 from ..errors import ConfigError, NotConnectedError
 from ..live import find_service
 from ..service import AsyncSGLang
-from .plan import plan_ranks
+from .adapter import AdapterPusher
+from .plan import count_ranks, plan_ranks
 from .result import PushResult
 from .sender import SGLangWeightReceiver, SGLangWeightSender
 from .sharded import leading
@@ -42,6 +43,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     A push pauses the servers, broadcasts (gloo on CPU, NCCL on GPU), verifies, sets the version and
     continues. If a step fails, the servers stay paused, ``service.state`` is ``BROKEN`` and
     ``generate`` raises until a push succeeds.
+
+    With ``WeightSyncConfig(method="lora")`` a push sends a LoRA adapter alone and pauses nothing.
 
     Args:
         service: the servers to push to.
@@ -93,7 +96,10 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
                 server_url, api_key=api_key, admin_api_key=admin_api_key
             ) or AsyncSGLang.connect(server_url, api_key=api_key, admin_api_key=admin_api_key)
         assert service is not None
-        num_ranks = plan_ranks(service.cluster.infos).world_size - 1
+        method = "auto" if config is None else config.method
+        if method in ("broadcast", "tensor"):
+            plan_ranks(service.cluster.infos)  # refuses what these can't reach
+        num_ranks = count_ranks(service.cluster.infos)
         of_one = service.get_tp_size() * service.get_dp_size()
         if num_gpus not in (None, num_ranks, of_one):
             raise ConfigError(f"num_gpus={num_gpus}, but the servers have {num_ranks} ranks.")
@@ -101,7 +107,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         self.server_url = service.server_url
         self.num_gpus = num_ranks
         self.model_path = model_path
-        self.pusher = WeightPusher(
+        self.pusher = (AdapterPusher if method == "lora" else WeightPusher)(
             service,
             config=config,
             master_address=master_address,
@@ -207,7 +213,12 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             )
 
     def push(
-        self, weights: Any = None, collector: Any = None, *, version: int | None = None
+        self,
+        weights: Any = None,
+        collector: Any = None,
+        *,
+        version: int | None = None,
+        partial: bool = False,
     ) -> PushResult | None:
         """Pushes, and counts every registered collector up to the servers' new version.
 
@@ -218,6 +229,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             weights: as in `send`.
             collector: one that counts this push by itself afterwards, by one.
             version: the number to push under, instead.
+            partial: ``weights`` may be a part of the model; the servers keep the rest.
 
         Returns:
             What the push did; None with ``WeightSyncConfig(non_blocking=True)``, where it is still
@@ -234,12 +246,12 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             others = [each for each in self.collectors if not shares_counter(each, collector)]
             number = choose_version(version, served_version(self.service), [*others, collector])
             reference = source if isinstance(source, nn.Module) else self._registered
+            how: dict[str, Any] = {"version": number, "reference": reference, "partial": partial}
             if self.pusher.config.non_blocking:
-                self.pusher.push_later(source, version=number, reference=reference, keeping=self)
+                self.pusher.push_later(source, keeping=self, **how)
                 done = None
             else:
-                done = self.pusher.push(source, version=number, reference=reference)
-                self.last_push = done
+                self.last_push = done = self.pusher.push(source, **how)
             bring_up(collector, number - 1)
             for each in others:
                 count_to(each, number)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError, NotConnectedError, RequestRefusedError, WeightsError
 from .expected import Expected, expected_model
+from .merged import base_weights, has_adapters
 from .result import PushResult
 from .source import named_weights, plain_name, served_names, shown, unwrap
 from .transport import RECEIVERS
@@ -26,24 +27,19 @@ def get_model_metadata(model: Any) -> dict[str, tuple[torch.dtype, torch.Size]]:
 
     Args:
         model: module, also in TorchRL's, DDP's or ``torch.compile``'s wrapper, or anything else
-            that can be pushed. Tied parameters appear once, buffers not at all (a state dict and a
-            TensorDict may have some, which do no harm).
+            that can be pushed; of a PEFT model the base model's. Tied parameters appear once,
+            buffers not at all (a state dict and a TensorDict may have some, which do no harm).
 
     Returns:
         By Hugging Face's names, what ``service.get_model_metadata()`` returns for the served model.
 
     Raises:
-        WeightsError: it has no parameters, or is a PEFT model.
+        WeightsError: it has no parameters.
     """
-    if hasattr(model, "merge_and_unload"):
-        raise WeightsError(
-            "this is a PEFT model, whose parameters are not the served model's: pass what its "
-            "merge_and_unload() returns, or serve the adapter with service.lora."
-        )
     if isinstance(model, nn.Module):
-        named: Mapping[str, torch.Tensor] = {
-            plain_name(name): p for name, p in unwrap(model).named_parameters()
-        }
+        inner = unwrap(model)
+        found = base_weights(inner) if has_adapters(inner) else dict(inner.named_parameters())
+        named: Mapping[str, torch.Tensor] = {plain_name(name): p for name, p in found.items()}
         if not named:
             raise WeightsError(f"this {type(model).__name__} has no parameters.")
     else:
@@ -51,7 +47,7 @@ def get_model_metadata(model: Any) -> dict[str, tuple[torch.dtype, torch.Size]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in named.items()}
 
 
-def check_metadata(metadata: Metadata, expected: Expected) -> None:
+def check_metadata(metadata: Metadata | None, expected: Expected) -> None:
     """Checks that what a trainer wants to push is the served model, whole.
 
     Raises:
@@ -148,12 +144,13 @@ class SGLangWeightSender:
         self._scheme.collectors.append(collector)
 
     def init_all_workers_group(
-        self, model_metadata: Metadata, vllm_engine: Any = None, *, engine: Any = None
+        self, model_metadata: Metadata | None, vllm_engine: Any = None, *, engine: Any = None
     ) -> None:
         """Joins the trainer and all ranks of all servers into one group; harmless twice.
 
         Args:
-            model_metadata: what will be pushed, from `get_model_metadata`.
+            model_metadata: what will be pushed, from `get_model_metadata`; not used, and None will
+                do, where only an adapter is pushed.
             vllm_engine: the engine, under the name that TorchRL's recipe has for it. Only checked:
                 the scheme knows whom it pushes to.
             engine: the same, under a better name.
@@ -168,12 +165,13 @@ class SGLangWeightSender:
         for given in (vllm_engine, engine):
             if given is not None:
                 _check_engine(given, self._scheme.service)
-        path = self._scheme.model_path or self._scheme.service.model_path
-        check_metadata(model_metadata, expected_model(path))
+        if self._scheme.pusher.config.method != "lora":
+            path = self._scheme.model_path or self._scheme.service.model_path
+            check_metadata(model_metadata, expected_model(path))
         self._scheme.connect_once()
 
     def update_weights(
-        self, weights: Any = None, *, version: int | None = None
+        self, weights: Any = None, *, version: int | None = None, partial: bool = False
     ) -> PushResult | None:
         """Pushes, and returns once every server runs the weights and every collector counted it.
 
@@ -183,6 +181,7 @@ class SGLangWeightSender:
             weights: module, TensorDict, state dict, or None for the registered model.
             version: the weights' number; by default one more than the highest that a server or a
                 registered collector has.
+            partial: ``weights`` may be a part of the model; the servers keep the rest.
 
         Raises:
             NotConnectedError: before `init_all_workers_group`, without weights, or in a process
@@ -197,7 +196,7 @@ class SGLangWeightSender:
                 "the weight sync is not connected: call sender.init_all_workers_group("
                 "get_model_metadata(model)) before update_weights()."
             )
-        return self._scheme.push(weights, version=version)
+        return self._scheme.push(weights, version=version, partial=partial)
 
     def flush_cache(self) -> bool:
         """Empties the servers' prefix caches, which no push needs.

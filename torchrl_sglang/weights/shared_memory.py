@@ -8,9 +8,12 @@ is not its parent. A name in shared memory can be opened by anybody. On a GPU it
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
 import io
 import os
 import pickle
+import select
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +26,7 @@ from .plan import TensorSpec
 
 SHARED_MEMORY = "/dev/shm"
 CUDA_DEVICE_ARGUMENT = 6  # of torch's rebuild_cuda_tensor
+HELPER_S = 10.0  # bound on its start
 
 
 def allocate_shared(num_bytes: int) -> torch.Tensor:
@@ -40,9 +44,39 @@ def allocate_shared(num_bytes: int) -> torch.Tensor:
             "WeightSyncConfig(bucket_bytes=...), enlarge it (docker run --shm-size), or push with "
             "another method."
         )
+    start_helper()
     buffer = torch.empty(num_bytes, dtype=torch.uint8)
     buffer.untyped_storage()._share_filename_cpu_()
     return buffer
+
+
+@functools.cache
+def start_helper() -> None:
+    """Starts torch's helper process, which removes shared memory that nobody uses any more.
+
+    Torch itself would start it with this process's standard error, and it lives for as long as a
+    server that it has served: whoever reads that pipe to its end would wait for all that time.
+    """
+    program = os.path.join(os.path.dirname(torch.__file__), "bin", "torch_shm_manager")
+    reader, writer = os.pipe()
+    streams = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, writer, 1),
+        (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+    ]
+    with open(reader, "rb") as said:
+        try:
+            os.posix_spawn(program, [program], os.environ, file_actions=streams)
+        except OSError:
+            return  # torch then looks for it by itself
+        finally:
+            os.close(writer)
+        ready, _, _ = select.select([said], [], [], HELPER_S)
+        address = said.readline().strip() if ready else b""
+    if address:
+        # What is asked for does not exist; but torch then knows this helper, and starts no other.
+        with contextlib.suppress(RuntimeError):
+            torch.UntypedStorage._new_shared_filename_cpu(address, b"/torch_none", 8)
 
 
 def free_shared_bytes() -> int:

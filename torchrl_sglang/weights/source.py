@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import NotConnectedError, WeightsError
 from .expected import Expected
+from .merged import base_weights, has_adapters
 
 # Wrappers that a training script puts around its model: the attribute that holds the model.
 WRAPPER_ATTRIBUTES = ("_orig_mod", "module", "model")
@@ -21,10 +22,18 @@ PREFIXES = ("module.", "model.")
 MAX_NAMES_SHOWN = 5
 
 
-def named_weights(source: Any) -> dict[str, torch.Tensor]:
+Translation = Callable[[Mapping[str, Any]], Mapping[str, Any] | Iterable[tuple[str, Any]]]
+
+
+def named_weights(source: Any, translate: Translation | None = None) -> dict[str, torch.Tensor]:
     """Names and tensors of a module, a wrapper, a TensorDict or a state dict; nothing is copied.
 
-    Of tensors that share their memory (tied embeddings) only the first is kept.
+    Of tensors that share their memory (tied embeddings) only the first is kept. Of a PEFT model
+    these are the base model's; `merged` tells what is merged into them.
+
+    Args:
+        source: what to take them from.
+        translate: from the trainer's entries, by name, to Hugging Face's names and tensors.
 
     Raises:
         NotConnectedError: ``source`` is None.
@@ -36,7 +45,10 @@ def named_weights(source: Any) -> dict[str, torch.Tensor]:
             "register it once with scheme.register_model(model)."
         )
     if isinstance(source, nn.Module):
-        found: Mapping[str, Any] = unwrap(source).state_dict()
+        inner = unwrap(source)
+        found: Mapping[str, Any] = (
+            base_weights(inner) if has_adapters(inner) else inner.state_dict()
+        )
     elif isinstance(source, TensorDictBase):
         found = dict(source.flatten_keys(".").items())
     elif isinstance(source, Mapping):
@@ -46,13 +58,32 @@ def named_weights(source: Any) -> dict[str, torch.Tensor]:
             f"can't take weights from a {type(source).__name__}: pass a module, a TensorDict or a "
             "state dict."
         )
-    tensors = {plain_name(name): value for name, value in found.items()}
+    tensors: dict[str, Any] = {plain_name(name): value for name, value in found.items()}
+    if translate is not None:
+        tensors = _translated(tensors, translate)
     wrong = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if wrong or not tensors:
         raise WeightsError(
             f"these entries are no tensors: {shown(wrong)}." if wrong else "the weights are empty."
         )
     return untied(tensors)
+
+
+def _translated(entries: Mapping[str, Any], translate: Translation) -> dict[str, Any]:
+    if any(hasattr(entry, "full_tensor") for entry in entries.values()):
+        raise WeightsError(
+            "these weights are sharded, and a translation of names can't be applied to the parts "
+            "that one rank has: leave WeightSyncConfig(translate=...) out, or push a whole state "
+            "dict."
+        )
+    given = translate(entries)
+    pairs = given.items() if isinstance(given, Mapping) else given
+    made: dict[str, Any] = {}
+    for name, tensor in pairs:
+        if name in made:
+            raise WeightsError(f"the translation of the weights names {name} twice.")
+        made[name] = tensor
+    return made
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -99,23 +130,43 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return part
 
 
-def matched(weights: Mapping[str, torch.Tensor], expected: Expected) -> dict[str, torch.Tensor]:
+def matched(
+    weights: Mapping[str, torch.Tensor], expected: Expected, *, partial: bool = False
+) -> dict[str, torch.Tensor]:
     """The weights under the served model's names, checked to be that model, whole.
+
+    Args:
+        weights: under the trainer's names.
+        expected: the served model.
+        partial: a part of the model will do.
 
     Raises:
         WeightsError: a name is unknown or missing, a shape is another, a dtype is not floating.
     """
-    names = served_names(weights, expected)
+    names = served_names(weights, expected, partial=partial)
     named = {names[name]: tensor for name, tensor in weights.items()}
     check_dtypes({n: t for n, t in named.items() if n not in expected.buffers})
     check_tied(named, expected)
+    if partial:  # a tied name alone means its partner
+        named = {
+            partner: named[name] for name, partner in expected.tied.items() if name in named
+        } | named
     named = {name: tensor for name, tensor in named.items() if name in expected.parameters}
+    if not named:
+        raise WeightsError("these weights are buffers only, which servers compute themselves.")
     check_shapes(named, expected)
     return named
 
 
-def served_names(given: Iterable[str], expected: Expected) -> dict[str, str]:
+def served_names(
+    given: Iterable[str], expected: Expected, *, partial: bool = False
+) -> dict[str, str]:
     """What the served model calls each of these names, without the wrappers' prefixes.
+
+    Args:
+        given: the trainer's names.
+        expected: the served model.
+        partial: a part of the model's names will do.
 
     Raises:
         WeightsError: a name is unknown, or one of the model's is missing.
@@ -139,10 +190,11 @@ def served_names(given: Iterable[str], expected: Expected) -> dict[str, str]:
         )
     found = set(named.values())
     missing = [name for name in expected.parameters if name not in found]
-    if missing:
+    if missing and not partial:
         raise WeightsError(
             f"{len(missing)} of {len(expected.parameters)} parameters of {expected.model_path} are "
-            f"missing: {shown(missing)}. A push takes the whole model."
+            f"missing: {shown(missing)}. A push takes the whole model, unless it is told "
+            "partial=True."
         )
     return named
 
@@ -150,7 +202,9 @@ def served_names(given: Iterable[str], expected: Expected) -> dict[str, str]:
 def check_tied(weights: Mapping[str, torch.Tensor], expected: Expected) -> None:
     """Raises `WeightsError` where two tied parameters differ: the servers hold only one of them."""
     for name, partner in expected.tied.items():
-        if name in weights and not torch.equal(local(weights[name]), local(weights[partner])):
+        if not {name, partner} <= weights.keys():
+            continue
+        if not torch.equal(local(weights[name]), local(weights[partner])):
             raise WeightsError(
                 f"{name} differs from {partner}, but {expected.model_path} ties them: tie "
                 "them in training too, or set tie_word_embeddings to false in its config."

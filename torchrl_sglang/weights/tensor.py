@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -60,6 +61,8 @@ class TensorCarrier(Carrier):
         self._timeouts = timeouts
         self._connected = False
         self._buffers: list[torch.Tensor] = []
+        # Also at the interpreter's exit, which frees no shared memory by itself.
+        weakref.finalize(self, self._buffers.clear)
 
     @property
     def is_connected(self) -> bool:
@@ -76,8 +79,8 @@ class TensorCarrier(Carrier):
         count = min(NUM_BUFFERS, len(buckets))
         if len(self._buffers) >= count and self._buffers[0].numel() >= size:
             return
-        self._buffers = []
-        self._buffers = [self._allocate(size) for _ in range(count)]
+        self._buffers.clear()
+        self._buffers += [self._allocate(size) for _ in range(count)]
 
     def transfer(
         self,
@@ -132,7 +135,7 @@ class TensorCarrier(Carrier):
     def drop(self) -> None:
         """Lets go at once; harmless twice."""
         self._connected = False
-        self._buffers = []
+        self._buffers.clear()
 
     close = drop
 

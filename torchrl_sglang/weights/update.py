@@ -12,7 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import EngineLostError, NotConnectedError, PushError, SGLangError
+from ..errors import (
+    EngineLostError,
+    NotConnectedError,
+    PushError,
+    SGLangError,
+    WeightsError,
+)
+from ..gate import ServiceState
 from .attempt import attempt
 from .connection import Connection
 from .expected import expected_model
@@ -53,13 +60,15 @@ class WeightPusher(Connection):
         *,
         version: int | None = None,
         reference: nn.Module | None = None,
+        partial: bool = False,
     ) -> PushResult:
-        """Pushes a whole model and returns once every server runs it.
+        """Pushes a model and returns once every server runs it.
 
         Args:
             source: module, wrapper, TensorDict or state dict.
             version: the weights' new version; one more than the last by default.
             reference: model to compute the probe's reference with, if ``source`` is none.
+            partial: ``source`` may be a part of the model; the rest stays as it is.
 
         Raises:
             NotConnectedError: before `connect`, or without weights.
@@ -69,7 +78,7 @@ class WeightPusher(Connection):
         """
         self.wait()
         with self._lock:
-            plan = self._planned(source, version, reference)
+            plan = self._planned(source, version, reference, partial=partial)
             return self._carried_out(plan)
 
     def push_later(
@@ -78,6 +87,7 @@ class WeightPusher(Connection):
         *,
         version: int | None = None,
         reference: nn.Module | None = None,
+        partial: bool = False,
         keeping: object = None,
     ) -> Future[PushResult]:
         """Copies the weights and pushes them from another thread; arguments as in `push`.
@@ -88,6 +98,7 @@ class WeightPusher(Connection):
             source: as in `push`.
             version: as in `push`.
             reference: as in `push`.
+            partial: as in `push`.
             keeping: stays alive until the push is over.
 
         Raises:
@@ -97,7 +108,7 @@ class WeightPusher(Connection):
         """
         self.wait()
         with self._lock:
-            plan = self._planned(source, version, reference, copy=True)
+            plan = self._planned(source, version, reference, copy=True, partial=partial)
             ready = handed_over([*plan.weights.values()], self._sending_device)
 
             def carry_out(kept: object = keeping) -> PushResult:
@@ -119,12 +130,23 @@ class WeightPusher(Connection):
         return running.result()
 
     def _planned(
-        self, source: Any, version: int | None, reference: nn.Module | None, *, copy: bool = False
+        self,
+        source: Any,
+        version: int | None,
+        reference: nn.Module | None,
+        *,
+        copy: bool = False,
+        partial: bool = False,
     ) -> Plan:
         if not self._connected:
             raise NotConnectedError(
                 "the weight sync is not connected: call scheme.connect() (a collector does it "
                 "when the scheme is given to it) before pushing."
+            )
+        if partial and self._service.state is ServiceState.BROKEN:
+            raise WeightsError(
+                "a part of the weights can't repair a service whose last push failed: push the "
+                "whole model."
             )
         plan = make_plan(
             source,
@@ -136,10 +158,13 @@ class WeightPusher(Connection):
             # Also if this push is not verified: a repair in it would be.
             verifies=self.config.verify != "never",
             copy=copy,
+            partial=partial,
         )
         if isinstance(plan.weights, ShardedWeights):
             tied = expected_model(self.model_path).tied
             plan.weights.compare(tied, finite=self.config.check_finite)
+        if self._carrier is not None:
+            self._carrier.prepare(plan.buckets)
         return plan
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..client import ControlClient
 from ..config import WeightSyncConfig
 from ..errors import ServiceError, VerificationError
 from ..info import WorkerInfo
@@ -39,6 +40,7 @@ class Verifier:
         weights: what is sent, in the checkpoint's names.
         dtype: dtype in which the servers hold it.
         model: the trainer's model, for the probe.
+        partial: ``weights`` are a part of the model.
 
     Attributes:
         verified_by: ``"checksum"``, ``"probe"``, or ``"nothing"`` so far.
@@ -51,8 +53,11 @@ class Verifier:
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
         model: nn.Module | None,
+        *,
+        partial: bool = False,
     ) -> None:
         self._config = config
+        self._partial = partial
         self._infos = infos
         self._weights = weights
         self._dtype = dtype
@@ -84,7 +89,8 @@ class Verifier:
 
     @property
     def _checksums_exist(self) -> bool:
-        return all(info.capabilities.checksum for info in self._infos)
+        # Pipeline-parallel ranks hold some layers each, which is not known here.
+        return all(info.capabilities.checksum and info.pp_size == 1 for info in self._infos)
 
     def _doubts(self) -> list[str]:
         """Why it is not certain that checksums will prove the push."""
@@ -143,12 +149,10 @@ class Verifier:
         body = {"action": "checksum"}
         given = engines.collect("verify", lambda worker: worker.post("/weights_checker", body))
         answers = [
-            _parsed(
-                info.url, lambda info=info, answer=answer: parse_checksums(answer, info.tp_size)
-            )
+            _parsed(info.url, parse_checksums, answer, info.tp_size, info.num_copies)
             for info, answer in zip(engines.infos, given, strict=True)
         ]
-        proof = ChecksumProof(self._weights, self._dtype, self._config_of)
+        proof = ChecksumProof(self._weights, self._dtype, self._config_of, partial=self._partial)
         unproved = proof.unproved(engines.infos, answers)
         if unproved:
             reason = next(iter(unproved.values()))
@@ -172,17 +176,48 @@ class Verifier:
         if self.verified_by == "checksum":
             return
         ids, ours = self._reference()
-        body = probe_body(ids, salt)
-        given = engines.collect("verify", lambda worker: worker.post("/generate", body))
-        for worker, answer in zip(engines.workers, given, strict=True):
-            theirs = _parsed(worker.url, parse_probe, answer, ids)
-            worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-            if worst > self._config.probe_tolerance:
-                raise VerificationError(
-                    f"{worker.url} scores a probe differently from the trainer's model: log-probs "
-                    f"differ by up to {worst:.3f} (probe_tolerance={self._config.probe_tolerance})."
-                )
+        compare_probe(engines, ids, ours, salt, self._config.probe_tolerance)
         self.verified_by = "probe"
+
+
+def compare_probe(
+    engines: Engines,
+    ids: list[int],
+    ours: Sequence[float],
+    salt: str,
+    tolerance: float,
+    lora: str | None = None,
+    timeout_s: float | None = None,
+) -> None:
+    """Scores a prompt on every server and compares with what the trainer's model gives.
+
+    Args:
+        engines: the servers.
+        ids: the prompt.
+        ours: the trainer's log-probs of ``ids[1:]``.
+        salt: one that no cache has seen.
+        tolerance: largest difference of a log-prob.
+        lora: the adapter to score with.
+        timeout_s: bound on waiting for a server; that on an order by default.
+
+    Raises:
+        VerificationError: the scores differ by more.
+        PushError: a server did not answer.
+    """
+    body = probe_body(ids, salt, lora)
+
+    def score(worker: ControlClient) -> Any:
+        return worker.post("/generate", body, timeout_s=timeout_s)
+
+    given = engines.collect("verify", score, timeout_s)
+    for worker, answer in zip(engines.workers, given, strict=True):
+        theirs = _parsed(worker.url, parse_probe, answer, ids)
+        worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        if worst > tolerance:
+            raise VerificationError(
+                f"{worker.url} scores a probe differently from the trainer's model: log-probs "
+                f"differ by up to {worst:.3f} (probe_tolerance={tolerance})."
+            )
 
 
 def _parsed(url: str, parse: Callable[..., T], *answer: Any) -> T:
