@@ -33,6 +33,7 @@ from torchrl_sglang.errors import (
     PushTimeoutError,
     ServiceBrokenError,
     TopologyError,
+    VerificationError,
     WeightsError,
 )
 from torchrl_sglang.requests_in import to_requests
@@ -168,6 +169,18 @@ def test_a_part_of_what_servers_fuse_is_probed(
     assert scheme.last_push is not None
     assert scheme.last_push.verified_by == "probe"
     assert error_of(service, model) < 0.02
+
+
+def test_a_part_that_nothing_can_prove_touches_nothing(
+    proxied: AsyncSGLang, proxy: FaultProxy, model: Any, connected: Connect
+) -> None:
+    scheme = connected(proxied, config=config("auto"))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    proxy.seen.clear()
+    with pytest.raises(VerificationError, match=f"fuses {name}.*register_model"):
+        scheme.push({name: model.get_parameter(name)}, partial=True)
+    assert "/pause_generation" not in [path for path, _ in proxy.seen]
+    assert proxied.state is ServiceState.SYNCED
 
 
 @pytest.mark.parametrize(
@@ -328,6 +341,20 @@ def test_merged_adapters_by_every_way(
     scheme = connected(config=config(method, non_blocking=method == "disk"))
     scheme.send(peft)
     scheme.wait()
+    completions = service.generate(PROMPTS, SAMPLING)
+    assert worst_error(peft.merge_and_unload(), PROMPTS, completions) < 0.02
+
+
+@pytest.mark.parametrize("non_blocking", [False, True])
+def test_merged_adapters_are_probed_with_the_model_itself(
+    service: AsyncSGLang, model: Any, connected: Connect, non_blocking: bool
+) -> None:
+    peft = adapted(model)
+    scheme = connected(config=config("auto", verify_method="probe", non_blocking=non_blocking))
+    scheme.send(peft)
+    scheme.wait()
+    assert scheme.last_push is not None
+    assert scheme.last_push.verified_by == "probe"
     completions = service.generate(PROMPTS, SAMPLING)
     assert worst_error(peft.merge_and_unload(), PROMPTS, completions) < 0.02
 

@@ -13,7 +13,6 @@ from ..config import WeightSyncConfig
 from ..errors import WeightsError
 from ..info import WorkerInfo
 from .expected import Expected, expected_model, model_config
-from .lazy import LazyWeights
 from .merged import MergedWeights, adapter_parameters, has_adapters, tuned_layers
 from .plan import Bucket, plan_buckets, spec_of
 from .served_dtype import served_dtype
@@ -88,7 +87,7 @@ def make_plan(
             )
         weights = {name: t.detach().to(dtype, copy=True) for name, t in weights.items()}
     model = source if isinstance(source, nn.Module) else reference
-    if isinstance(weights, LazyWeights):
+    if isinstance(weights, ShardedWeights):
         model = None
     verifier = Verifier(config, infos, weights, dtype, model, partial=partial)
     if verifies:

@@ -97,6 +97,19 @@ def parts_of(server_name: str, known: Iterable[str] = ()) -> list[str]:
     return [server_name]
 
 
+def without_siblings(names: Iterable[str]) -> list[str]:
+    """Names that servers fuse with others, of which not all are there."""
+    known = set(names)
+    return sorted(
+        name
+        for name in known
+        for parts in FUSED.values()
+        for part in parts
+        if f".{part}." in name
+        and not known.issuperset(name.replace(f".{part}.", f".{other}.") for other in parts)
+    )
+
+
 def shard_of(server_name: str, shapes: Shapes, rank: Rank) -> Shard:
     """What a rank holds under ``server_name``.
 

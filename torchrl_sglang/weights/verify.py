@@ -16,9 +16,10 @@ from .checksum import parse_checksums
 from .engines import Engines
 from .expected import model_config
 from .lazy import parts_of
+from .merged import MergedWeights
 from .probe import parse_probe, probe_body, probe_ids, reference_log_probs
 from .proof import ChecksumProof, family_of, why_unprovable
-from .shards import FAMILIES
+from .shards import FAMILIES, without_siblings
 from .source import unwrap
 from .watch import push_error
 
@@ -108,6 +109,8 @@ class Verifier:
 
     def _why_unprovable(self, info: WorkerInfo) -> str | None:
         shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(self._weights).items()}
+        if self._partial and (lone := without_siblings(shapes)):
+            return f"it fuses {lone[0]} with parameters that are not sent along"
         return why_unprovable(info, shapes, self._config_of(info))
 
     def prepare(self) -> None:
@@ -127,9 +130,12 @@ class Verifier:
         if self._probe is None:
             if self._model is None:
                 raise VerificationError(f"{self._unproved} {NO_MODEL}".strip())
-            embedding = next(t for t in self._weights.values() if t.ndim == 2)
-            ids = probe_ids(embedding.shape[0])
-            scores = reference_log_probs(self._model, self._weights, self._dtype, ids)
+            inner: Any = unwrap(self._model)
+            weights = self._weights
+            if isinstance(weights, MergedWeights):  # what is merged here, the model adds by itself
+                weights = dict(inner.named_parameters())
+            ids = probe_ids(inner.get_input_embeddings().weight.shape[0])
+            scores = reference_log_probs(self._model, weights, self._dtype, ids)
             self._probe = (ids, scores)
         return self._probe
 
