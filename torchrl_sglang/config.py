@@ -140,6 +140,8 @@ class Timeouts:
         control_s: one control request (pause, flush, begin, end, version, continue).
         request_s: one ``generate`` call, retries included.
         retry_s: how long a request that met a broken connection or a 5xx answer is tried again.
+        paused_s: how long a request is left with servers that stay paused, but not by a push of
+            this process; more than such a push takes.
         group_s: the collective's rendezvous.
         probe_s: the first broadcast after it, in which NCCL connects.
         transfer_s: one bucket, from its announcement until the servers have loaded it.
@@ -151,6 +153,7 @@ class Timeouts:
     control_s: float = 30.0
     request_s: float = 1800.0
     retry_s: float = 30.0
+    paused_s: float = 120.0
     group_s: float = 60.0
     probe_s: float = 10.0
     transfer_s: float = 300.0
