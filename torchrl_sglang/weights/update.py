@@ -23,6 +23,7 @@ from .failure import after_failure
 from .planned import Plan, make_plan
 from .result import PushResult, StepTimer
 from .sharded import ShardedWeights
+from .versions import served_version
 
 
 class WeightPusher:
@@ -30,7 +31,7 @@ class WeightPusher:
 
     Args:
         service: the servers; anything with ``cluster``, ``gate``, ``timeouts``,
-            ``set_pushed_version`` and ``drop_worker``.
+            ``pushed_version``, ``set_pushed_version`` and ``drop_worker``.
         config: how to push.
         master_address: address at which the servers reach this process.
         master_port: port of the rendezvous; a free one by default.
@@ -293,5 +294,4 @@ class WeightPusher:
         return infos
 
     def _next_version(self) -> int:
-        known = self._service.weight_version
-        return int(known) + 1 if known.isdecimal() else 1
+        return served_version(self._service) + 1
