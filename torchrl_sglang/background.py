@@ -41,9 +41,7 @@ class BackgroundLoop:
             return self.submit(call.run()).result()
         except CancelledError:
             self._abandon(call)
-            raise ServiceClosedError(
-                "the service was shut down while this call was waiting."
-            ) from None
+            raise closed_meanwhile() from None
         except BaseException:
             self._abandon(call)
             raise
@@ -106,6 +104,23 @@ class _Call(Generic[T]):
             self._coroutine.close()
         elif not self._task.done():
             self._task.cancel()
+
+
+def result_of(call: Future[T]) -> T:
+    """What a call that was submitted comes to.
+
+    Raises:
+        ServiceClosedError: the loop was closed during it.
+    """
+    try:
+        return call.result()
+    except CancelledError:
+        raise closed_meanwhile() from None
+
+
+def closed_meanwhile() -> ServiceClosedError:
+    """The error of a call that a shutdown ended."""
+    return ServiceClosedError("the service was shut down while this call was waiting.")
 
 
 async def _cancel_all(last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:

@@ -144,6 +144,8 @@ class Timeouts:
             takes seconds.
         request_s: one ``generate`` call, retries included.
         retry_s: how long a request that met a broken connection or a 5xx answer is tried again.
+        paused_s: how long a request is left with servers that stay paused, but not by a push of
+            this process; more than such a push takes.
         group_s: the collective's rendezvous.
         probe_s: the first broadcast after it, in which NCCL connects.
         transfer_s: most for what is transferred at once, whatever its size.
@@ -158,6 +160,7 @@ class Timeouts:
     step_s: float = 3.0
     request_s: float = 1800.0
     retry_s: float = 30.0
+    paused_s: float = 120.0
     group_s: float = 3.0
     probe_s: float = 10.0
     transfer_s: float = 300.0

@@ -19,6 +19,8 @@ from typing import Any
 import aiohttp
 import orjson
 
+from .admission import Admission, Ticket
+from .calls import Calls
 from .client import backoff_s, bearer, normalise_url, refusal
 from .completions import Completion
 from .config import Timeouts
@@ -30,6 +32,7 @@ from .errors import (
     UnsupportedOptionError,
 )
 from .parsing import never_ran, parse_completions
+from .posting import Body, PushBeganError
 from .protocol import GenerateRequest, passes_router
 
 DESCRIPTORS_KEPT_FREE = 256
@@ -42,7 +45,7 @@ class Batch:
 
     Attributes:
         requests: in the order in which completions come back.
-        cache_salt: separates prefixes cached under different weights; None sends none.
+        admission: lets every attempt through the gate, with the salt of the present weights.
         within_s: bound on the whole.
         seeded: every sample needs a seed of its own, see `GenerateRequest.bodies`.
         workers: servers behind the router, for what it does not pass on; empty without a router.
@@ -52,7 +55,7 @@ class Batch:
     """
 
     requests: Sequence[GenerateRequest]
-    cache_salt: str | None
+    admission: Admission
     within_s: float
     seeded: bool = False
     workers: tuple[str, ...] = ()
@@ -68,12 +71,14 @@ class DataClient:
         url: router or server.
         api_key: its key.
         timeouts: bounds on waiting.
+        calls: those under way on the same event loop.
     """
 
-    def __init__(self, url: str, *, api_key: str | None, timeouts: Timeouts) -> None:
+    def __init__(self, url: str, *, api_key: str | None, timeouts: Timeouts, calls: Calls) -> None:
         self._base = normalise_url(url)
         self._headers = {**bearer(api_key), "Content-Type": "application/json"}
         self._timeouts = timeouts
+        self._calls = calls
         self._session: aiohttp.ClientSession | None = None
         # By a request's id: the ids under which its present attempt was sent.
         self._sent_rids: dict[str, tuple[str, ...]] = {}
@@ -83,7 +88,9 @@ class DataClient:
         """The completions of each request, in the order of the requests.
 
         Raises:
-            RequestTimeoutError: not all answered within ``Timeouts.request_s``.
+            RequestTimeoutError: not all answered within ``Timeouts.request_s``, or servers stay
+                paused.
+            ServiceBrokenError: a push failed before all were answered.
             ServiceError: the first request that failed, with a note on which prompt it was; the
                 others are cancelled, which aborts them on the server.
         """
@@ -101,7 +108,7 @@ class DataClient:
         """For each request its completions or its own error; one failure leaves the others alone.
 
         Raises:
-            RequestTimeoutError: not all answered within ``Timeouts.request_s``.
+            RequestTimeoutError, ServiceBrokenError: as in `generate_all`, of all of them.
         """
         groups: list[list[Completion] | ServiceError] = [[] for _ in batch.requests]
 
@@ -148,9 +155,11 @@ class DataClient:
         self, batch: Batch, one: Callable[[int, GenerateRequest], Coroutine[Any, Any, None]]
     ) -> None:
         try:
-            async with asyncio.timeout(batch.within_s), asyncio.TaskGroup() as group:
+            async with self._calls.bounded(batch.within_s), asyncio.TaskGroup() as group:
                 for index, request in enumerate(batch.requests):
                     group.create_task(one(index, request))
+        except RequestTimeoutError:
+            raise
         except TimeoutError as error:
             raise RequestTimeoutError(
                 f"POST {self._base}/generate: not all of {len(batch.requests)} prompts were "
@@ -162,15 +171,26 @@ class DataClient:
     async def _generate(
         self, request: GenerateRequest, batch: Batch, index: int
     ) -> list[Completion]:
-        """One request; sent again where the connection or the server failed, never after 4xx."""
+        """One request; sent again where the connection or the server failed, never after 4xx.
+
+        Each attempt goes through the gate, up to the moment in which it is written.
+        """
         clock = asyncio.get_running_loop().time
         give_up, attempt, first_rid = None, 1, request.rid
+        ticket: Ticket | None = None
         try:
             while True:
                 try:
-                    body = request.bodies(batch.seeded, batch.cache_salt)
-                    self._sent_rids[first_rid] = _rids(body, request)
-                    return await self._post(request, body, batch)
+                    ticket = await batch.admission.ticket(ticket)
+                    fields = request.bodies(batch.seeded, ticket.cache_salt)
+                    self._sent_rids[first_rid] = _rids(fields, request)
+                    body = Body(fields, batch.admission.gate, ticket.epoch)
+                    url = self._destination(request, fields, batch) + "/generate"
+                    completions = await self._post(url, request, body)
+                    batch.admission.note(ticket, completions)
+                    return completions
+                except PushBeganError:
+                    continue  # nothing was sent
                 except ServiceError as error:
                     give_up = give_up or clock() + self._timeouts.retry_s
                     backoff = backoff_s(attempt)
@@ -200,16 +220,15 @@ class DataClient:
             )
         return rids
 
-    async def _post(
-        self, request: GenerateRequest, body: Mapping[str, Any], batch: Batch
-    ) -> list[Completion]:
-        url = self._destination(request, body, batch) + "/generate"
+    async def _post(self, url: str, request: GenerateRequest, body: Body) -> list[Completion]:
         try:
-            async with self._pool().post(url, data=orjson.dumps(body)) as response:
+            async with self._pool().post(url, data=body) as response:
                 answer = await response.read()
         except aiohttp.ClientConnectorError as error:
             raise ConnectError(f"nothing answers at {url}: {error}") from error
         except (aiohttp.ClientError, OSError) as error:
+            if body.is_stale:
+                raise PushBeganError from None
             raise ServerFailedError(
                 f"POST {url}: the connection broke: {type(error).__name__}: {error}"
             ) from error

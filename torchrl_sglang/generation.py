@@ -8,17 +8,18 @@ import contextlib
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 from .adapters import Adapters
-from .background import BackgroundLoop
+from .admission import Admission, salt_of
+from .background import BackgroundLoop, closed_meanwhile, result_of
 from .client import retried
 from .completions import Completion
 from .config import Timeouts
 from .data_client import Batch, DataClient
-from .errors import EmptyBatchError, ServiceClosedError, ServiceError
+from .errors import EmptyBatchError, ServiceError
 from .gate import ServiceState, UpdateGate
 from .protocol import GenerateRequest
 from .requests_in import to_requests
@@ -45,6 +46,10 @@ class GeneratingModel(ServedModel):
         """Version of the weights that the servers run."""
 
     @abc.abstractmethod
+    def _noticed(self, version: str) -> None:
+        """A completion came back from weights of this version, which was not expected."""
+
+    @abc.abstractmethod
     def _data_plane(self) -> tuple[BackgroundLoop, DataClient]:
         """The event loop and the connection pool on it."""
 
@@ -66,7 +71,7 @@ class GeneratingModel(ServedModel):
         Raises:
             InputError: an empty batch or prompt, one too long, or ids outside of the vocabulary.
             UnsupportedOptionError: an option that the servers can't serve.
-            ServiceBrokenError: the last weight push failed.
+            ServiceBrokenError: a weight push failed, the last one or one during the call.
             ServiceError: refused, failed, timed out, or an answer that must not be trained on.
         """
         batch, single = to_requests(prompts, sampling_params)
@@ -135,7 +140,7 @@ class GeneratingModel(ServedModel):
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if self.gate.state is ServiceState.CLOSED and not (task and task.cancelling()):
-                    raise _closed_meanwhile() from None
+                    raise closed_meanwhile() from None
                 raise
             ended.update(enumerate(groups))
         return _flat(ended)
@@ -145,20 +150,22 @@ class GeneratingModel(ServedModel):
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Yields the index of each request and its completions as soon as they are finished.
 
-        All are in flight at once. Leaving the loop early aborts the rest on the servers.
+        All are in flight at once, from the first step of the loop on. Leaving it early aborts the
+        rest on the servers.
 
         Raises:
             as `generate`: when the first request fails, the others are aborted.
         """
-        prepared = self._prepare(batch)
+        self.check(batch)
 
         def iterate() -> Iterator[tuple[int, list[Completion]]]:
+            prepared = self._admitted(batch)  # now, since it may be long since the call
             finished: queue.SimpleQueue[_Finished] = queue.SimpleQueue()
             with self.sessions.held(batch) as ended, self._sending(prepared, finished.put) as sent:
                 while (one := finished.get()) is not None:
                     ended[one[0]] = one[1]
                     yield one
-                _raise_failure(sent)
+                result_of(sent)
 
         return iterate()
 
@@ -178,7 +185,7 @@ class GeneratingModel(ServedModel):
             while (one := await finished.get()) is not None:
                 ended[one[0]] = one[1]
                 yield one
-            _raise_failure(sent)
+            result_of(sent)
 
     @contextlib.contextmanager
     def _sending(self, prepared: Batch, put: Callable[[_Finished], None]) -> Iterator[Future[None]]:
@@ -222,17 +229,19 @@ class GeneratingModel(ServedModel):
             raise failures[0]
 
     def _prepare(self, batch: Sequence[GenerateRequest]) -> Batch:
-        """Checks requests against the servers and waits for the weights to be whole."""
-        start = time.monotonic()
+        """Checks requests against the servers, then as `_admitted`."""
         self.check(batch)
-        self.gate.wait_until_open(self.timeouts.request_s)
-        cluster = self.cluster
+        return self._admitted(batch)
+
+    def _admitted(self, batch: Sequence[GenerateRequest]) -> Batch:
+        """What is sent for requests that were checked; waits for the weights to be whole."""
+        start, request_s, cluster = time.monotonic(), self.timeouts.request_s, self.cluster
         requests, in_use = self.lora.versions.resolved(batch, self._known_version)
         return Batch(
             requests=requests,
-            cache_salt=self._cache_salt(),
             adapters_in_use=in_use,
-            within_s=self.timeouts.request_s - (time.monotonic() - start),
+            admission=Admission(self.gate, self._cache_salt, request_s, self._noticed),
+            within_s=request_s - (time.monotonic() - start),
             seeded=self.info.features.deterministic,
             workers=tuple(w.url for w in cluster.workers) if cluster.behind_router else (),
         )
@@ -276,7 +285,7 @@ class GeneratingModel(ServedModel):
 
     def _cache_salt(self) -> str | None:
         """Separates prefixes cached under different weights, where the servers can."""
-        return f"weights-{self._known_version()}" if self.info.capabilities.cache_salt else None
+        return salt_of(self._known_version()) if self.info.capabilities.cache_salt else None
 
     def _known_version(self) -> str:
         return retried(lambda: self.weight_version, self.timeouts.retry_s)
@@ -287,14 +296,3 @@ _Finished = tuple[int, list[Completion]] | None
 
 def _flat(ended: Mapping[int, list[Completion]]) -> list[Completion]:
     return [completion for index in range(len(ended)) for completion in ended[index]]
-
-
-def _raise_failure(sent: Future[None]) -> None:
-    try:
-        sent.result()
-    except CancelledError:
-        raise _closed_meanwhile() from None
-
-
-def _closed_meanwhile() -> ServiceClosedError:
-    return ServiceClosedError("the service was shut down while it generated.")

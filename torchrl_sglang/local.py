@@ -9,6 +9,7 @@ from .adapter_versions import AdapterVersions
 from .adapters import Adapters
 from .attach import Cluster, Credentials, attach
 from .background import BackgroundLoop
+from .calls import Calls
 from .client import ControlClient
 from .config import Timeouts
 from .data_client import DataClient
@@ -26,6 +27,7 @@ class LocalResources:
         lock: guards what is made on first use.
         fleet: the children, if this process started them.
         pushed_version: the version that this process pushed last.
+        others_push: whether the servers were seen with a higher version since.
         cluster: what answers at the URL, once it was asked.
         sessions: that this process opened.
     """
@@ -35,6 +37,7 @@ class LocalResources:
         self.lock = threading.RLock()
         self.fleet: Fleet | None = None
         self.pushed_version: int | None = None
+        self.others_push = False
         self.cluster: Cluster | None = None
         self.sessions = Sessions()
         self._versions = AdapterVersions()
@@ -72,8 +75,13 @@ class LocalResources:
                 raise ServiceClosedError("the service was shut down.")
             if self._loop is None or self._data is None:
                 self._loop = BackgroundLoop("torchrl_sglang")
-                self._data = DataClient(url, api_key=api_key, timeouts=timeouts)
+                calls = Calls(self.gate, self._known_workers, timeouts)
+                self._data = DataClient(url, api_key=api_key, timeouts=timeouts, calls=calls)
             return self._loop, self._data
+
+    def _known_workers(self) -> tuple[ControlClient, ...]:
+        cluster = self.cluster
+        return () if cluster is None else cluster.workers
 
     def close(self) -> None:
         """Ends threads and children; harmless twice and in a forked copy."""

@@ -11,6 +11,7 @@ from torchrl.modules.llm.policies.common import LLMWrapperBase
 
 from .completions import Completion
 from .errors import ServiceError
+from .live import find_service
 from .protocol import LogitProcessor
 from .rollout.call import Call, shared_batcher
 from .rollout.resumed import ResumedCall
@@ -119,7 +120,11 @@ class SGLangWrapper(LLMWrapperBase):
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "service", "__class__")}
         super().__init__()
-        self.service = AsyncSGLang.connect(service) if isinstance(service, str) else service
+        self.service = (
+            service
+            if not isinstance(service, str)
+            else (find_service(service) or AsyncSGLang.connect(service))
+        )
         self._given = given
         self._settled = settled = settle(given, self.service.info.tokenizer_path)
         self._device = torch.device(device) if device is not None else None

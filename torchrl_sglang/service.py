@@ -208,16 +208,28 @@ class AsyncSGLang(GeneratingModel):
     def weight_version(self) -> str:
         """Version of the weights that the servers run.
 
-        Known without asking in the process that pushes; elsewhere the servers are asked.
+        Known without asking in the process that pushed last; elsewhere the servers are asked. That
+        another process has pushed since is seen by the completions, and by the next push here.
         """
-        if self._local.pushed_version is not None:
-            return str(self._local.pushed_version)
+        if self.pushed_version is not None and not self._local.others_push:
+            return str(self.pushed_version)
         answer = self.workers[0].get("/model_info")
         return str(answer.get("weight_version", INITIAL_VERSION))
+
+    @property
+    def pushed_version(self) -> int | None:
+        """The version that this process pushed last; None before it pushed."""
+        return self._local.pushed_version
 
     def set_pushed_version(self, version: int) -> None:
         """Called by the weight sync once every server runs ``version``."""
         self._local.pushed_version = version
+        self._local.others_push = False
+
+    def _noticed(self, version: str) -> None:
+        pushed = self.pushed_version
+        if pushed is not None and version.isdecimal() and int(version) > pushed:
+            self._local.others_push = True  # or a push of ours is about to end, and sets it back
 
     @property
     def api_key(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from torchrl_sglang import ServiceState
+from torchrl_sglang import gate as gate_module
 from torchrl_sglang.errors import RequestTimeoutError, ServiceBrokenError, ServiceClosedError
 from torchrl_sglang.gate import UpdateGate
 
@@ -42,7 +44,7 @@ def test_open_at_first(gate: UpdateGate) -> None:
 @pytest.mark.parametrize(
     ("end", "kind"),
     [
-        (lambda gate: gate.commit(), type(None)),
+        (lambda gate: gate.commit(), int),
         (lambda gate: gate.fail(OSError("cable")), ServiceBrokenError),
         (lambda gate: gate.close(), ServiceClosedError),
     ],
@@ -101,3 +103,108 @@ def test_a_push_that_ends_after_the_shutdown_does_not_reopen(gate: UpdateGate) -
     gate.commit()
     with pytest.raises(ServiceClosedError):
         gate.wait_until_open(1.0)
+
+
+# Awaited
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        (lambda gate: gate.commit(), int),
+        (lambda gate: gate.fail(OSError("cable")), ServiceBrokenError),
+        (lambda gate: gate.close(), ServiceClosedError),
+    ],
+    ids=["commit", "fail", "close"],
+)
+def test_awaiting_the_end_of_an_update(
+    gate: UpdateGate, end: Callable[[UpdateGate], None], kind: type
+) -> None:
+    async def main() -> list[Any]:
+        gate.begin()
+        callers = [asyncio.create_task(gate.entered()) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert not any(caller.done() for caller in callers)
+        await asyncio.to_thread(end, gate)
+        return await asyncio.gather(*callers, return_exceptions=True)
+
+    assert all(isinstance(result, kind) for result in asyncio.run(main()))
+
+
+def test_a_loop_that_is_gone_does_not_disturb_a_push(gate: UpdateGate) -> None:
+    gate.begin()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(gate.entered())
+    loop.run_until_complete(asyncio.sleep(0.01))
+    task.cancel()
+    loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+    loop.close()
+    gate.commit()
+    assert gate.state is ServiceState.SYNCED
+
+
+# Posting
+
+
+def test_what_was_learnt_before_a_push_is_not_posted_after_it(gate: UpdateGate) -> None:
+    before = gate.wait_until_open(0.0)
+    assert gate.start_posting(before)
+    gate.end_posting()
+    gate.begin()
+    assert not gate.start_posting(before)
+    assert not gate.start_posting(gate.epoch)
+    gate.commit()
+    assert not gate.is_open(before)
+    assert not gate.start_posting(before)
+    assert gate.start_posting(gate.wait_until_open(0.0))
+
+
+def test_a_push_waits_for_requests_that_are_being_posted(gate: UpdateGate) -> None:
+    epoch = gate.wait_until_open(0.0)
+    assert gate.start_posting(epoch)
+    assert gate.start_posting(epoch)
+    pusher = threading.Thread(target=gate.begin)
+    pusher.start()
+    gate.end_posting()
+    pusher.join(0.1)
+    assert pusher.is_alive()
+    assert not gate.start_posting(epoch)
+    gate.end_posting()
+    pusher.join(5.0)
+    assert not pusher.is_alive()
+
+
+def test_a_push_does_not_wait_for_them_without_end(
+    gate: UpdateGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_module, "POSTING_S", 0.1)
+    assert gate.start_posting(gate.epoch)
+    start = time.monotonic()
+    gate.begin()
+    assert 0.1 <= time.monotonic() - start < 2.0
+
+
+# In flight
+
+
+def test_calls_in_flight_hear_of_a_push_that_failed(gate: UpdateGate) -> None:
+    cause, heard = OSError("cable"), []
+    with gate.in_flight(heard.append):
+        gate.begin()
+        gate.commit()
+        assert not heard
+        gate.begin()
+        gate.fail(cause)
+    gate.begin()
+    gate.fail(OSError("again"))
+    assert [error.__cause__ for error in heard] == [cause]
+    assert "while this call was in flight" in str(heard[0])
+
+
+def test_a_shutdown_is_no_failed_push(gate: UpdateGate) -> None:
+    heard: list[ServiceBrokenError] = []
+    with gate.in_flight(heard.append):
+        gate.begin()
+        gate.close()
+        gate.fail(OSError("cable"))
+    assert not heard

@@ -393,11 +393,11 @@ def test_a_version_that_does_not_go_up_is_refused(
 
 
 def test_a_version_with_a_name_counts_as_none(
-    service: AsyncSGLang, model: Any, sender_to: Connect
+    attached: AsyncSGLang, model: Any, sender_to: Connect
 ) -> None:
-    for worker in service.workers:
+    for worker in attached.workers:
         worker.post("/update_weight_version", {"new_version": "best", "abort_all_requests": False})
-    assert sender_to(service, model).update_weights().version == 1
+    assert sender_to(attached, model).update_weights().version == 1
 
 
 def test_who_calls_counts(

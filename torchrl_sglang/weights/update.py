@@ -29,6 +29,7 @@ from .result import PushResult, StepTimer
 from .sharded import ShardedWeights
 from .streams import handed_over
 from .threads import in_thread
+from .versions import served_version
 
 
 class WeightPusher(Connection):
@@ -251,5 +252,4 @@ class WeightPusher(Connection):
         return self.config.lost_engines == "drop" and known and len(self._workers) > 1
 
     def _next_version(self) -> int:
-        known = self._service.weight_version
-        return int(known) + 1 if known.isdecimal() else 1
+        return served_version(self._service) + 1

@@ -15,10 +15,12 @@ ASK_S = 2.0
 
 
 def served_version(service: Any) -> int:
-    """The highest version that a server of ``service`` runs, by asking them all.
+    """The highest version that a server of ``service`` runs, by asking them all, or has run.
 
     Weights that a server loaded itself, and those that somebody gave a name instead of a number,
-    count as 0. A server that does not answer is passed over where another does: the push will tell.
+    count as 0, but never for less than what was pushed through ``service``: a server may have been
+    started again since. A server that does not answer is passed over where another does: the push
+    will tell.
 
     Raises:
         PushError: no server answers.
@@ -34,7 +36,7 @@ def served_version(service: Any) -> int:
     answers = [one.result() for one in asked if one.done() and one.exception() is None]
     if not answers:
         watch(asked, step="ask", timeout_s=ASK_S)
-    return max((int(answer) for answer in answers if answer.isdecimal()), default=0)
+    return max([service.pushed_version or 0, *(int(a) for a in answers if a.isdecimal())])
 
 
 def counted(collector: Any) -> int | None:
