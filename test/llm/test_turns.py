@@ -515,6 +515,30 @@ def chats(*messages: list[dict[str, str]]) -> TensorDict:
     )
 
 
+def test_rows_that_differ_in_their_tool_calls_alone(service: AsyncSGLang, tokenizer: Any) -> None:
+    """Contents may be the same; each goes on with the call that it had."""
+    policy = SGLangWrapper(
+        service,
+        tokenizer=tokenizer,
+        chat_template=CHATML.replace(
+            "CONTENT", "message['content'] + message['tool_calls'] | default('') | string"
+        ),
+        generate_kwargs={"regex": "done", "max_new_tokens": 12},
+        inplace=False,
+    )
+    rows = []
+    for tool in ("add", "sub"):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": tool}}]}
+        rows.append([{"role": "user", "content": "1 2"}, call, {"role": "tool", "content": "ok"}])
+    answers = [{"role": "assistant", "content": "done"}, {"role": "user", "content": "thanks"}]
+    first = policy(chats(*rows))
+    again = policy(chats(*[[*row, *answers] for row in rows]))
+    for before, after, tool in zip(first.unbind(0), again.unbind(0), ("add", "sub"), strict=True):
+        tokens = before["tokens"].full.tolist()
+        assert after["tokens"].prompt.tolist()[: len(tokens)] == tokens
+        assert tool in tokenizer.decode(tokens)
+
+
 TWINS = {"regex": "----------------", "max_new_tokens": 30}  # in tokens of one or two hyphens
 
 
@@ -801,8 +825,19 @@ def test_what_identifies_a_chat() -> None:
         [one[0], {"role": "assistant", "content": "c"}],
         [{"role": "system", "content": "a"}, one[1]],
         [one[0], {"role": "assistant", "content": [{"type": "text", "text": "b"}]}],
+        [one[0], {"role": "assistant", "content": "[{'type': 'text', 'text': 'b'}]"}],
+        [one[0], one[1] | {"tool_calls": [{"function": {"name": "f"}}]}],
+        [one[0], one[1] | {"tool_calls": [{"function": {"name": "g"}}]}],
+        [one[0] | {"tool_responses": ["4"]}, one[1]],
+        [one[0] | {"tool_responses": ["5"]}, one[1]],
     ]
-    assert len({chat_key(chat) for chat in [one, *others]}) == 5
+    assert len({chat_key(chat) for chat in [one, *others]}) == 1 + len(others)
+
+
+def test_what_says_nothing_of_a_chat() -> None:
+    chat = [{"role": "user", "content": "a"}]
+    for extra in ({"is_complete": True}, {"tool_calls": None}, {"tool_responses": []}):
+        assert chat_key([chat[0] | extra]) == chat_key(chat)
 
 
 def test_tokens_of_a_prompt_that_goes_on() -> None:

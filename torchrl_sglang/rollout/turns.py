@@ -108,12 +108,23 @@ def _name(ids: array[int]) -> bytes:
 
 
 def chat_key(messages: Sequence[Message]) -> Hashable:
-    """What identifies a chat: roles and contents."""
-    return tuple((m["role"], _hashable(m["content"])) for m in messages)
+    """What identifies a chat: everything of its messages that a template can write.
+
+    Tool calls and their answers are fields of their own, beside contents that may be the same.
+    """
+    return tuple(
+        frozenset(
+            (name, _hashable(value))
+            for name, value in message.items()
+            # An environment and a policy need not agree on what is complete; no template writes it.
+            if name != "is_complete" and value not in (None, [])
+        )
+        for message in messages
+    )
 
 
-def _hashable(content: Any) -> str:
-    return content if isinstance(content, str) else repr(content)
+def _hashable(value: Any) -> Hashable:
+    return value if isinstance(value, str) else (repr(value),)  # a text may look like a list
 
 
 def last_answer(messages: Sequence[Message]) -> int | None:
