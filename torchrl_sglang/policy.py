@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase, set_list_to_stack
+from tensordict import NestedKey, TensorDictBase
 from torchrl.modules.llm.policies.common import LLMWrapperBase
 
 from .completions import Completion
@@ -156,7 +156,6 @@ class SGLangWrapper(LLMWrapperBase):
         """The service, under the name that TorchRL's wrappers use."""
         return self.service
 
-    @set_list_to_stack(True)
     def forward(
         self,
         tensordict: TensorDictBase,
@@ -187,13 +186,10 @@ class SGLangWrapper(LLMWrapperBase):
         **kwargs: Any,
     ) -> TensorDictBase:
         """Same as calling it, awaited; cancelling it aborts its requests on the servers."""
-        with set_list_to_stack(True):
-            call = Call(tensordict, self._settled, self.service, kwargs)
+        call = Call(tensordict, self._settled, self.service, kwargs)
         completions = await self.service.acomplete(call.requests, call.arrive)
-        with set_list_to_stack(True):
-            return self._place(tensordict, call.outputs(completions), tensordict_out)
+        return self._place(tensordict, call.outputs(completions), tensordict_out)
 
-    @set_list_to_stack(True)
     def resume(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
         """Goes on with the aborted rows of a partial rollout; the other rows stay as they are.
 
