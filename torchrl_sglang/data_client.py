@@ -29,7 +29,7 @@ from .errors import (
     ServiceError,
     UnsupportedOptionError,
 )
-from .parsing import never_ran, parse_completions
+from .parsing import Group, never_ran, parse_completions
 from .protocol import GenerateRequest, passes_router
 
 DESCRIPTORS_KEPT_FREE = 256
@@ -57,6 +57,10 @@ class Batch:
     workers: tuple[str, ...] = ()
     positions: Sequence[int] | None = None
     arrive: Callable[[list[Completion]], None] | None = None
+
+    def position(self, index: int) -> int:
+        """Where a request stands in its caller's own batch."""
+        return index if self.positions is None else self.positions[index]
 
 
 class DataClient:
@@ -95,22 +99,32 @@ class DataClient:
         await self._send_all(batch, keep)
         return groups
 
-    async def generate_each(self, batch: Batch) -> list[list[Completion] | ServiceError]:
-        """For each request its completions or its own error; one failure leaves the others alone.
+    async def generate_each(self, batch: Batch, arrive: Callable[[int, Group], None]) -> None:
+        """Each request's completions or its own error; one failure leaves the others alone.
 
-        Raises:
-            RequestTimeoutError: not all answered within ``Timeouts.request_s``.
+        Args:
+            batch: the requests.
+            arrive: called with a request's index and what it came to, as soon as that is known.
+                What is not answered within ``Timeouts.request_s`` comes to `RequestTimeoutError`.
         """
-        groups: list[list[Completion] | ServiceError] = [[] for _ in batch.requests]
+        waiting = set(range(len(batch.requests)))
 
         async def one(index: int, request: GenerateRequest) -> None:
+            group: Group
             try:
-                groups[index] = await self._generate(request, batch, index)
+                group = await self._generate(request, batch, index)
             except ServiceError as error:
-                groups[index] = error
+                group = error
+            waiting.discard(index)
+            arrive(index, group)
 
-        await self._run_all(batch, one)
-        return groups
+        try:
+            await self._run_all(batch, one)
+        except RequestTimeoutError as error:
+            for index in sorted(waiting):
+                late = RequestTimeoutError(str(error))
+                late.add_note(f"prompt {batch.position(index)} of the batch")
+                arrive(index, late)
 
     async def as_completed(self, batch: Batch) -> AsyncIterator[tuple[int, list[Completion]]]:
         """Index and completions of each request as soon as it is finished; errors as above."""
@@ -174,8 +188,8 @@ class DataClient:
                     backoff = backoff_s(attempt)
                     retriable = isinstance(error, ServerFailedError | ConnectError)
                     if not retriable or clock() + backoff > give_up:
-                        position = index if batch.positions is None else batch.positions[index]
-                        error.add_note(f"prompt {position} of the batch, attempt {attempt}")
+                        at = f"prompt {batch.position(index)} of the batch, attempt {attempt}"
+                        error.add_note(at)
                         raise
                 await asyncio.sleep(backoff)
                 request = replace(request, rid=f"{first_rid[:32]}-{attempt}")

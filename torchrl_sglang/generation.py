@@ -101,25 +101,6 @@ class GeneratingModel(ServedModel):
             ended.update(enumerate(loop.run(data.generate_all(prepared))))
         return _flat(ended)
 
-    def complete_each(
-        self, batch: Sequence[GenerateRequest], positions: Sequence[int] | None = None
-    ) -> list[list[Completion] | ServiceError]:
-        """Same as `complete`, but a request that fails leaves the others alone.
-
-        Args:
-            batch: requests of one or several callers.
-            positions: each request's index in its caller's own batch, which its error names.
-
-        Returns:
-            For each request its completions, or its error.
-        """
-        with self.sessions.held(batch) as ended:
-            prepared = replace(self._prepare(batch), positions=positions)
-            loop, data = self._data_plane()
-            groups = loop.run(data.generate_each(prepared))
-            ended.update((i, g) for i, g in enumerate(groups) if isinstance(g, list))
-        return groups
-
     async def acomplete(
         self,
         batch: Sequence[GenerateRequest],
@@ -225,6 +206,10 @@ class GeneratingModel(ServedModel):
         """Checks requests against the servers and waits for the weights to be whole."""
         start = time.monotonic()
         self.check(batch)
+        return self._admitted(batch, start)
+
+    def _admitted(self, batch: Sequence[GenerateRequest], start: float) -> Batch:
+        """Waits for the weights to be whole; ``start``: since when the caller waits."""
         self.gate.wait_until_open(self.timeouts.request_s)
         cluster = self.cluster
         return Batch(

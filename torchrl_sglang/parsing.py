@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .completions import INITIAL_VERSION, Completion, VersionSpan
-from .errors import RequestAbortedError, ResponseError
+from .errors import RequestAbortedError, ResponseError, SGLangError
 from .protocol import GenerateRequest
 
 NAN = float("nan")
+
+Group = list[Completion] | SGLangError  # what a request came to: its samples, or an error
 
 
 def parse_completions(answer: object, request: GenerateRequest) -> list[Completion]:

@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.modules.llm.policies.common import LLMWrapperBase
 
 from .completions import Completion
-from .errors import ServiceError
+from .errors import SGLangError
 from .protocol import LogitProcessor
 from .rollout.call import Call, shared_batcher
 from .rollout.resumed import ResumedCall
@@ -215,7 +215,7 @@ class SGLangWrapper(LLMWrapperBase):
         groups = self._batcher.call(call.requests, len(call.requests))
         completions: list[Completion] = []
         for group in groups:
-            if isinstance(group, ServiceError):
+            if isinstance(group, SGLangError):
                 raise group
             completions += group
         return completions
