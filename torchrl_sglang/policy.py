@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.modules.llm.policies.common import LLMWrapperBase
 
 from .completions import Completion
-from .errors import SGLangError
+from .errors import SGLangError, UnsupportedOptionError
 from .protocol import LogitProcessor
 from .rollout.call import Call, shared_batcher
 from .rollout.resumed import ResumedCall
@@ -185,10 +186,23 @@ class SGLangWrapper(LLMWrapperBase):
         tensordict_out: TensorDictBase | None = None,
         **kwargs: Any,
     ) -> TensorDictBase:
-        """Same as calling it, awaited; cancelling it aborts its requests on the servers."""
-        call = Call(tensordict, self._settled, self.service, kwargs)
+        """Same as calling it, awaited; cancelling it aborts its requests on the servers.
+
+        Nothing blocks the event loop: prompts are read, and outputs made, in threads.
+
+        Raises:
+            UnsupportedOptionError: the policy batches over threads, see ``batching``.
+        """
+        if self._batcher is not None:
+            raise UnsupportedOptionError(
+                "agenerate sends its prompts at once, while this policy (batching=True, or a "
+                "min_batch_size or max_batch_size) collects those of several threads: await one "
+                "without, or call this one in threads."
+            )
+        call = await asyncio.to_thread(Call, tensordict, self._settled, self.service, kwargs)
         completions = await self.service.acomplete(call.requests, call.arrive)
-        return self._place(tensordict, call.outputs(completions), tensordict_out)
+        out = await asyncio.to_thread(call.outputs, completions)
+        return await asyncio.to_thread(self._place, tensordict, out, tensordict_out)
 
     def resume(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
         """Goes on with the aborted rows of a partial rollout; the other rows stay as they are.
@@ -237,9 +251,12 @@ class SGLangWrapper(LLMWrapperBase):
     def get_new_version(self, **kwargs: Any) -> SGLangWrapper:
         """A wrapper with other arguments, such as ``generate=False``; the rest stays the same.
 
-        ``input_key`` follows the mode unless it is given here.
+        Where ``input_mode`` or ``generate`` changes, ``input_key`` follows unless it is given.
         """
-        given = {k: v for k, v in self._given.items() if k != "input_key"}
+        given = dict(self._given)
+        now = {"input_mode": self.input_mode, "generate": self.generate}
+        if now != {name: kwargs.get(name, value) for name, value in now.items()}:
+            given["input_key"] = None
         if kwargs.get("generate") is False:
             given |= {"return_log_probs": None, "num_samples": None, "generate_kwargs": None}
             given |= {"processor": None, "extras": ()}

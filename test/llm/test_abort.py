@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +39,8 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.partial import continuation, joined
 from torchrl_sglang.protocol import Returns
+from torchrl_sglang.rollout.facts import InfoSpec
+from torchrl_sglang.rollout.resumed import _with_extras
 
 Connect = Callable[..., SGLangWeightSyncScheme]
 
@@ -376,6 +380,24 @@ def test_hidden_states_of_two_parts() -> None:
     after = part([9, 10], hidden_states=[[[5.0], [6.0]], [7.0]])
     states = joined(before, after).hidden_states
     assert [states[0][-1], *states[1:]] == [[2.0], [3.0], [6.0], [7.0]]
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that numpy can't read before it was copied, as one on a GPU."""
+
+    def numpy(self, **kwargs: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+
+    def cpu(self, *args: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_routed_experts_of_outputs_on_a_gpu() -> None:
+    experts = torch.arange(6, dtype=torch.int32).view(3, 2)
+    row = {("rollout", "routed_experts"): experts.as_subclass(OnGPU)}
+    settled = SimpleNamespace(info=InfoSpec(key="rollout", extras={"routed_experts": 1}))
+    read = _with_extras(part([7]), row, settled, None).routed_experts
+    assert base64.b64decode(read) == experts.numpy().tobytes()
 
 
 # The policy

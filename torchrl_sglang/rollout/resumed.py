@@ -166,7 +166,7 @@ def _with_extras(
             read[name] = [[first], *others] if first else None
         elif name == "routed_experts":
             experts = row.get((*base, name))
-            read[name] = base64.b64encode(experts.numpy().tobytes()).decode()
+            read[name] = base64.b64encode(experts.cpu().numpy().tobytes()).decode()
         elif name == "input_log_probs":
             known = prompt is not None and not bool(prompt[1:].isnan().any())
             read[name] = prompt.tolist() if known and prompt is not None else None
