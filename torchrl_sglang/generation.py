@@ -24,7 +24,7 @@ from .protocol import GenerateRequest
 from .requests_in import to_requests
 from .sampling import SamplingParams
 from .served import ServedModel
-from .sessions import Session, Sessions
+from .sessions import SESSION_TIMEOUT_S, Session, Sessions
 
 Prompts = str | GenerateRequest | Sequence[int] | Sequence[str | Sequence[int] | GenerateRequest]
 
@@ -243,11 +243,12 @@ class GeneratingModel(ServedModel):
     def lora(self) -> Adapters:
         """The LoRA adapters."""
 
-    def open_session(self, *, timeout_s: float | None = None) -> Session:
+    def open_session(self, *, timeout_s: float | None = SESSION_TIMEOUT_S) -> Session:
         """Opens a conversation that one server holds; see `Session`.
 
         Args:
-            timeout_s: seconds without a request after which the server closes it by itself.
+            timeout_s: seconds after the last request began until the server closes it by itself;
+                None: never, also where this process is killed.
 
         Raises:
             ServiceError: the server opened none.

@@ -23,6 +23,9 @@ from .parsing import Group
 from .protocol import GenerateRequest, SessionTurn
 
 SESSION_CAPACITY = 1 << 20  # what SGLang takes as capacity_of_str_len
+# A client that is killed closes nothing, and a server that it did not start would hold its sessions
+# for good. Longer than `Timeouts.request_s`: SGLang counts from the last request's arrival.
+SESSION_TIMEOUT_S = 3600.0
 
 
 class Session:
