@@ -139,7 +139,7 @@ class Timeouts:
         connect_s: opening a connection, and info requests while attaching.
         control_s: one control request (pause, flush, begin, end, version, continue).
         request_s: one ``generate`` call, retries included.
-        retry_s: how long a request that met a broken connection or a 5xx answer is tried again.
+        retry_s: how long a request that met a broken connection, 5xx, 408 or 429 is tried again.
         group_s: the collective's rendezvous.
         probe_s: the first broadcast after it, in which NCCL connects.
         transfer_s: one bucket, from its announcement until the servers have loaded it.

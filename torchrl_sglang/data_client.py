@@ -174,7 +174,7 @@ class DataClient:
     async def _generate(
         self, request: GenerateRequest, batch: Batch, index: int
     ) -> list[Completion]:
-        """One request; sent again where the connection or the server failed, never after 4xx."""
+        """One request; sent again where the connection or the server failed, never refused ones."""
         clock = asyncio.get_running_loop().time
         give_up, attempt, first_rid = None, 1, request.rid
         try:
@@ -192,7 +192,7 @@ class DataClient:
                         error.add_note(at)
                         raise
                 await asyncio.sleep(backoff)
-                request = replace(request, rid=f"{first_rid[:32]}-{attempt}")
+                request = replace(request, rid=f"{first_rid}-{attempt}")
                 attempt += 1
         finally:
             self._sent_rids.pop(first_rid, None)

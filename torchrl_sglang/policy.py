@@ -66,8 +66,8 @@ class SGLangWrapper(LLMWrapperBase):
         processor: a change to the logits for every row, see `allowed_tokens` and its like.
         lora: name of a loaded LoRA adapter for every row.
         sampling_key: a TensorDict of the input with options per row, not the same ones in every
-            row: sampling options, ``action_mask``, ``lora``, ``session``, and ``images``,
-            ``videos``, ``audios``: URLs, files of the servers or base64, one or a list.
+            row: sampling options, ``action_mask``, ``lora``, ``session``, ``rid`` (for ``abort``),
+            and ``images``, ``videos``, ``audios``: URLs, files of the servers or base64.
         partial_rollouts: aborted rows come back with what they had and ``finish_reason`` "abort";
             `resume` goes on with them. Otherwise they raise `RequestAbortedError`.
         rollout_key: where ``finish_reason`` and ``weight_version`` per row, ``policy_version`` per

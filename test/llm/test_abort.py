@@ -42,9 +42,10 @@ from torchrl_sglang.errors import (
     UnsupportedOptionError,
 )
 from torchrl_sglang.partial import continuation, joined
-from torchrl_sglang.protocol import LogitProcessor, Returns
+from torchrl_sglang.protocol import LogitProcessor, Returns, new_rid
 from torchrl_sglang.rollout.facts import InfoSpec
 from torchrl_sglang.rollout.resumed import _with_extras
+from torchrl_sglang.rollout.row_requests import given_rids
 
 Connect = Callable[..., SGLangWeightSyncScheme]
 
@@ -858,6 +859,36 @@ def test_a_moving_temperature_goes_on_in_a_row(special_service: AsyncSGLang, mod
         temperature = 1.0 + 2.0 * min(index / 6, 1)
         expected = hf_log_probs(model, [*prompt, *sampled[:index]], sampled[index:], temperature)
         assert score == pytest.approx(expected[0], abs=0.02)
+
+
+def test_one_row_of_a_call(service: AsyncSGLang) -> None:
+    """By the id that the row gave its request."""
+    policy = SGLangWrapper(
+        service,
+        input_mode="tokens",
+        generate_kwargs=SAMPLING,
+        partial_rollouts=True,
+        extras=["request_id"],
+    )
+    td = token_rows([5, 6], [7, 8], [9])
+    for row, rid in zip(td.unbind(0)[:2], ("first-row", "second-row"), strict=True):
+        row.set("sampling", TensorDict(rid=NonTensorData(f"{rid}-{new_rid()}")))
+    rids = [row["sampling", "rid"] for row in td.unbind(0)[:2]]
+    future = once_running(service, 3, lambda: policy(td, max_new_tokens=1200))
+    service.abort(rids[1])
+    out = future.result(60.0)
+    assert reasons(out) == ["length", "abort", "length"]
+    assert [row["rollout", "request_id"] for row in rows_of(out)][:2] == rids
+    done = len(split(out[1])[1])
+    assert 0 < done < 1200
+    assert reasons(policy.resume(out, max_new_tokens=done + 3)) == ["length"] * 3
+
+
+@pytest.mark.parametrize("rids", [["a", "a"], ["a", None, "a"], [""], [7]], ids=str)
+def test_ids_that_rows_can_not_have(rids: list[Any]) -> None:
+    with pytest.raises(InputError, match="rid="):
+        given_rids([{} if rid is None else {"rid": rid} for rid in rids])
+    assert given_rids([{"rid": "a"}, {}, {"rid": "b"}]) == [{"rid": "a"}, {}, {"rid": "b"}]
 
 
 def test_a_session_per_row_goes_on(service: AsyncSGLang) -> None:

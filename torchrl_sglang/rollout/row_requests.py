@@ -29,7 +29,7 @@ LogProbsMode = Literal["reported", "corrected", "strict"]
 LOG_PROBS_MODES: tuple[LogProbsMode, ...] = ("reported", "corrected", "strict")
 
 # What a row can say beside sampling options.
-ROW_OPTIONS = ("action_mask", "lora", "session", *MEDIA_OPTIONS)
+ROW_OPTIONS = ("action_mask", "lora", "session", "rid", *MEDIA_OPTIONS)
 
 # Sampling options that change the text alone.
 TEXT_OPTIONS = ("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
@@ -115,10 +115,12 @@ def make_requests(
         "partial_allowed": options.partial_allowed,
     }
     requests = []
+    named = given_rids(row_options)
     for index, ids in enumerate(prompts.ids):
         fields = plain
         if row_options and row_options[index]:
             fields = _row_fields(row_options[index], options, features, media[index], index)
+            fields |= named[index]
         elif media[index] is not None:
             fields = {**plain, "media": media[index]}
         if fields.get("session") is not None:
@@ -127,6 +129,26 @@ def make_requests(
             request = GenerateRequest(input_ids=tuple(ids), **fields)
         requests.append(request)
     return requests
+
+
+def given_rids(row_options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The request ids that rows name, as fields of their requests; nothing where they name none.
+
+    Raises:
+        InputError: no id, or one that another row has.
+    """
+    seen: dict[str, int] = {}
+    fields: list[dict[str, Any]] = []
+    for index, row in enumerate(row_options):
+        rid = row.get("rid")
+        if rid is not None and (not isinstance(rid, str) or not rid):
+            raise InputError(f"row {index} has rid={rid!r:.100}: must be a string, not empty.")
+        if rid in seen:
+            raise InputError(f"rows {seen[rid]} and {index} both have rid={rid!r}: it must differ.")
+        fields.append({} if rid is None else {"rid": rid})
+        if rid is not None:
+            seen[rid] = index
+    return fields
 
 
 def _in_session(

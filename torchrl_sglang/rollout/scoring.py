@@ -19,7 +19,7 @@ from ..protocol import GenerateRequest
 from ..sampling import SamplingParams
 from .media import MEDIA_OPTIONS, media_of
 from .padding import masks_or_none, rows_of
-from .row_requests import ROW_OPTIONS, CallOptions
+from .row_requests import ROW_OPTIONS, CallOptions, given_rids
 from .texts import non_tensor
 
 # What changes the distribution, and can't be had when a prompt is scored.
@@ -82,9 +82,10 @@ def scoring_requests(
                 "own"
             )
             raise
+    named = given_rids(row_options) or [{} for _ in prompts.ids]
     return [
-        GenerateRequest(input_ids=tuple(ids), scoring=True, lora=adapter)
-        for ids, adapter in zip(prompts.ids, adapters, strict=True)
+        GenerateRequest(input_ids=tuple(ids), scoring=True, lora=adapter, **rid)
+        for ids, adapter, rid in zip(prompts.ids, adapters, named, strict=True)
     ]
 
 
