@@ -884,7 +884,9 @@ def test_one_row_of_a_call(service: AsyncSGLang) -> None:
     assert reasons(policy.resume(out, max_new_tokens=done + 3)) == ["length"] * 3
 
 
-@pytest.mark.parametrize("rids", [["a", "a"], ["a", None, "a"], [""], [7]], ids=str)
+@pytest.mark.parametrize(
+    "rids", [["a", "a"], ["a", None, "a"], ["a-1", "b", "a-10"], [""], [7]], ids=str
+)
 def test_ids_that_rows_can_not_have(rids: list[Any]) -> None:
     with pytest.raises(InputError, match="rid="):
         given_rids([{} if rid is None else {"rid": rid} for rid in rids])

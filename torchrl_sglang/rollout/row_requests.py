@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,20 +136,19 @@ def given_rids(row_options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     """The request ids that rows name, as fields of their requests; nothing where they name none.
 
     Raises:
-        InputError: no id, or one that another row has.
+        InputError: no id, or one that another row's begins with: SGLang would abort both.
     """
-    seen: dict[str, int] = {}
-    fields: list[dict[str, Any]] = []
-    for index, row in enumerate(row_options):
-        rid = row.get("rid")
+    rids = [row.get("rid") for row in row_options]
+    for index, rid in enumerate(rids):
         if rid is not None and (not isinstance(rid, str) or not rid):
             raise InputError(f"row {index} has rid={rid!r:.100}: must be a string, not empty.")
-        if rid in seen:
-            raise InputError(f"rows {seen[rid]} and {index} both have rid={rid!r}: it must differ.")
-        fields.append({} if rid is None else {"rid": rid})
-        if rid is not None:
-            seen[rid] = index
-    return fields
+    for one, other in itertools.pairwise(sorted(rid for rid in rids if rid is not None)):
+        if other.startswith(one):
+            raise InputError(
+                f"two rows have rid={one!r} and rid={other!r}: none may begin with another's, or "
+                "SGLang aborts both."
+            )
+    return [{} if rid is None else {"rid": rid} for rid in rids]
 
 
 def _in_session(
