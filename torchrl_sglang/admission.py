@@ -78,7 +78,7 @@ class Admission:
     def note(self, ticket: Ticket, completions: Sequence[Completion]) -> None:
         """Takes note of what sampled the completions of an attempt."""
         version = completions[-1].weight_version
-        if ticket.cache_salt != salt_of(version):
+        if version is not None and ticket.cache_salt != salt_of(version):
             self._noticed(version)
 
 

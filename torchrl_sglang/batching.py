@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import ConfigError, ServiceError
 
@@ -73,16 +74,16 @@ class Batcher(Generic[Item, Result]):
     """Collects items of many threads and runs them together. Safe to use from several threads.
 
     No thread of its own: the caller whose item makes the batch whole, or whose time is up first,
-    runs the batch for all others in it. Several batches can be under way at once.
+    runs the batch for all others in it, and returns when all are done. Several batches can be under
+    way at once. A copy, by pickle too, starts with nobody waiting.
 
     Args:
-        run: one result or exception per item, in order.
+        run: runs items; calls the function that it is given with each item's index and result or
+            exception, from any thread, and returns when it has done so for all.
         config: when what was collected is sent.
     """
 
-    def __init__(
-        self, run: Callable[[list[Item]], list[Result | BaseException]], config: BatchingConfig
-    ) -> None:
+    def __init__(self, run: Run[Item, Result], config: BatchingConfig) -> None:
         self._run = run
         self._config = config
         self._queue: list[_Waiting[Item, Result]] = []
@@ -135,20 +136,38 @@ class Batcher(Generic[Item, Result]):
         self._changed.notify_all()  # they need not wait for their own time to be up
 
     def _run_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
-        results = self._run([waiting.item for waiting in batch])
-        for waiting, result in zip(batch, results, strict=True):
-            if isinstance(result, BaseException):
-                waiting.result.set_exception(result)
-            else:
-                waiting.result.set_result(result)
+        def done(index: int, result: Result | BaseException) -> None:
+            _settle(batch[index].result, result)
+
+        self._run([waiting.item for waiting in batch], done)
+        if not all(waiting.result.done() for waiting in batch):
+            raise ServiceError("a shared batch ended without a result for each of its callers.")
 
     def _give_up(self, mine: _Waiting[Item, Result], error: BaseException) -> None:
         """The caller leaves, wherever it was: nobody runs its item, and nobody waits for it."""
         with self._changed:
             self._queue = [waiting for waiting in self._queue if waiting is not mine]
         for waiting in mine.batch:
-            if not waiting.result.done():
-                waiting.result.set_exception(_for_others(error))
+            _settle(waiting.result, _for_others(error))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"run": self._run, "config": self._config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+Done = Callable[[int, Result | BaseException], None]
+Run = Callable[[list[Item], Done[Result]], None]
+
+
+def _settle(future: Future[Result], result: Result | BaseException) -> None:
+    """Whatever comes first holds: a result, or that its batch was given up."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
 
 
 def _for_others(error: BaseException) -> BaseException:

@@ -42,7 +42,8 @@ class Completion:
         top_log_probs: per sampled token, pairs of log-prob and id, the most likely first.
         sampling_mask: per sampled token, the ids that top-k, top-p and min-p kept.
         sampling_log_probs: log-prob of each sampled token among the ids kept.
-        hidden_states: as the server sent them: the prompt's rows first, then one per token.
+        hidden_states: the prompt's rows first, without those of a cached prefix, of which the last
+            is what the first token was sampled from; then one row per further token.
         routed_experts: base64 of int32 ``[tokens, layers, top_k]``.
     """
 
@@ -69,6 +70,6 @@ class Completion:
         return self.finish_type
 
     @property
-    def weight_version(self) -> str:
-        """The version that sampled the last token."""
-        return self.version_spans[-1].version if self.version_spans else INITIAL_VERSION
+    def weight_version(self) -> str | None:
+        """The version that sampled the last token, or scored the prompt; None: it never ran."""
+        return self.version_spans[-1].version if self.version_spans else None

@@ -143,7 +143,7 @@ class Timeouts:
             milliseconds: a server makes them between two forward passes. Raise it where one pass
             takes seconds.
         request_s: one ``generate`` call, retries included.
-        retry_s: how long a request that met a broken connection or a 5xx answer is tried again.
+        retry_s: how long a request that met a broken connection, 5xx, 408 or 429 is tried again.
         paused_s: how long a request is left with servers that stay paused, but not by a push of
             this process; more than such a push takes.
         group_s: the collective's rendezvous.

@@ -28,10 +28,11 @@ from .errors import (
     ConnectError,
     RequestTimeoutError,
     ServerFailedError,
+    ServiceBrokenError,
     ServiceError,
     UnsupportedOptionError,
 )
-from .parsing import never_ran, parse_completions
+from .parsing import Group, never_ran, parse_completions
 from .posting import Body, PushBeganError
 from .protocol import GenerateRequest, passes_router
 
@@ -62,6 +63,10 @@ class Batch:
     positions: Sequence[int] | None = None
     arrive: Callable[[list[Completion]], None] | None = None
     adapters_in_use: object = None
+
+    def position(self, index: int) -> int:
+        """Where a request stands in its caller's own batch."""
+        return index if self.positions is None else self.positions[index]
 
 
 class DataClient:
@@ -104,22 +109,33 @@ class DataClient:
         await self._send_all(batch, keep)
         return groups
 
-    async def generate_each(self, batch: Batch) -> list[list[Completion] | ServiceError]:
-        """For each request its completions or its own error; one failure leaves the others alone.
+    async def generate_each(self, batch: Batch, arrive: Callable[[int, Group], None]) -> None:
+        """Each request's completions or its own error; one failure leaves the others alone.
 
-        Raises:
-            RequestTimeoutError, ServiceBrokenError: as in `generate_all`, of all of them.
+        Args:
+            batch: the requests.
+            arrive: called with a request's index and what it came to, as soon as that is known.
+                What is not answered within ``Timeouts.request_s`` comes to `RequestTimeoutError`,
+                what a failed push ended to `ServiceBrokenError`.
         """
-        groups: list[list[Completion] | ServiceError] = [[] for _ in batch.requests]
+        waiting = set(range(len(batch.requests)))
 
         async def one(index: int, request: GenerateRequest) -> None:
+            group: Group
             try:
-                groups[index] = await self._generate(request, batch, index)
+                group = await self._generate(request, batch, index)
             except ServiceError as error:
-                groups[index] = error
+                group = error
+            waiting.discard(index)
+            arrive(index, group)
 
-        await self._run_all(batch, one)
-        return groups
+        try:
+            await self._run_all(batch, one)
+        except (RequestTimeoutError, ServiceBrokenError) as error:
+            for index in sorted(waiting):
+                late = type(error)(str(error))
+                late.add_note(f"prompt {batch.position(index)} of the batch")
+                arrive(index, late)
 
     async def as_completed(self, batch: Batch) -> AsyncIterator[tuple[int, list[Completion]]]:
         """Index and completions of each request as soon as it is finished; errors as above."""
@@ -171,7 +187,7 @@ class DataClient:
     async def _generate(
         self, request: GenerateRequest, batch: Batch, index: int
     ) -> list[Completion]:
-        """One request; sent again where the connection or the server failed, never after 4xx.
+        """One request; sent again where the connection or the server failed, never refused ones.
 
         Each attempt goes through the gate, up to the moment in which it is written.
         """
@@ -196,11 +212,11 @@ class DataClient:
                     backoff = backoff_s(attempt)
                     retriable = isinstance(error, ServerFailedError | ConnectError)
                     if not retriable or clock() + backoff > give_up:
-                        position = index if batch.positions is None else batch.positions[index]
-                        error.add_note(f"prompt {position} of the batch, attempt {attempt}")
+                        at = f"prompt {batch.position(index)} of the batch, attempt {attempt}"
+                        error.add_note(at)
                         raise
                 await asyncio.sleep(backoff)
-                request = replace(request, rid=f"{first_rid[:32]}-{attempt}")
+                request = replace(request, rid=f"{first_rid}-{attempt}")
                 attempt += 1
         finally:
             self._sent_rids.pop(first_rid, None)

@@ -152,11 +152,11 @@ class HTTPAnswerError(ServiceError):
 
 
 class RequestRefusedError(HTTPAnswerError, ValueError):
-    """The server answered 4xx: the request is wrong, and sending it again won't help."""
+    """The server answered 4xx, but 408 or 429: the request is wrong, and again won't help."""
 
 
 class ServerFailedError(HTTPAnswerError, ConnectionError):
-    """The server answered 5xx, or the connection broke before an answer came."""
+    """The server answered 5xx, 408 or 429, or the connection broke before an answer came."""
 
 
 class RequestTimeoutError(ServiceError, TimeoutError):

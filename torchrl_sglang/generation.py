@@ -25,7 +25,7 @@ from .protocol import GenerateRequest
 from .requests_in import to_requests
 from .sampling import SamplingParams
 from .served import ServedModel
-from .sessions import Session, Sessions
+from .sessions import SESSION_TIMEOUT_S, Session, Sessions
 
 Prompts = str | GenerateRequest | Sequence[int] | Sequence[str | Sequence[int] | GenerateRequest]
 
@@ -105,25 +105,6 @@ class GeneratingModel(ServedModel):
             loop, data = self._data_plane()
             ended.update(enumerate(loop.run(data.generate_all(prepared))))
         return _flat(ended)
-
-    def complete_each(
-        self, batch: Sequence[GenerateRequest], positions: Sequence[int] | None = None
-    ) -> list[list[Completion] | ServiceError]:
-        """Same as `complete`, but a request that fails leaves the others alone.
-
-        Args:
-            batch: requests of one or several callers.
-            positions: each request's index in its caller's own batch, which its error names.
-
-        Returns:
-            For each request its completions, or its error.
-        """
-        with self.sessions.held(batch) as ended:
-            prepared = replace(self._prepare(batch), positions=positions)
-            loop, data = self._data_plane()
-            groups = loop.run(data.generate_each(prepared))
-            ended.update((i, g) for i, g in enumerate(groups) if isinstance(g, list))
-        return groups
 
     async def acomplete(
         self,
@@ -267,11 +248,12 @@ class GeneratingModel(ServedModel):
     def lora(self) -> Adapters:
         """The LoRA adapters."""
 
-    def open_session(self, *, timeout_s: float | None = None) -> Session:
+    def open_session(self, *, timeout_s: float | None = SESSION_TIMEOUT_S) -> Session:
         """Opens a conversation that one server holds; see `Session`.
 
         Args:
-            timeout_s: seconds without a request after which the server closes it by itself.
+            timeout_s: seconds after the last request began until the server closes it by itself;
+                None: never, also where this process is killed.
 
         Raises:
             ServiceError: the server opened none.

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .completions import INITIAL_VERSION, Completion, VersionSpan
-from .errors import RequestAbortedError, ResponseError
+from .errors import RequestAbortedError, ResponseError, SGLangError
 from .protocol import GenerateRequest
 
 NAN = float("nan")
+
+Group = list[Completion] | SGLangError  # what a request came to: its samples, or an error
 
 
 def parse_completions(answer: object, request: GenerateRequest) -> list[Completion]:
@@ -74,7 +76,7 @@ def _parse(answer: Any, request: GenerateRequest, index: int) -> Completion:
         top_log_probs=_top_log_probs(meta, output_ids, request) if returns.top_log_probs else None,
         sampling_mask=mask[0],
         sampling_log_probs=mask[1],
-        hidden_states=_asked(meta, "hidden_states", request) if returns.hidden_states else None,
+        hidden_states=_hidden_states(meta, output_ids, request) if returns.hidden_states else None,
         routed_experts=_asked(meta, "routed_experts", request) if returns.routed_experts else None,
     )
 
@@ -244,6 +246,27 @@ def _asked(meta: Mapping[str, Any], name: str, request: GenerateRequest) -> Any:
     if value is None:
         raise ResponseError(f"request {request.rid}: {name} were asked for and did not come.")
     return value
+
+
+def _hidden_states(
+    meta: Mapping[str, Any], output_ids: Sequence[int], request: GenerateRequest
+) -> list[Any]:
+    """The prompt's states, then one per token but the first.
+
+    A request that was retracted computes its prompt and its tokens anew, and SGLang puts all of
+    these states where those of one token belong: the last of them.
+    """
+    prompt, *sampled = _asked(meta, "hidden_states", request) or [[]]
+    again = [bool(state) and isinstance(state[0], list) for state in sampled]
+    states = [s[-1] if block else s for s, block in zip(sampled, again, strict=True)]
+    num_states = len(states) + 1 if prompt else 0
+    # Servers that draft tokens may send states of some that they did not keep, at the end.
+    if num_states < len(output_ids) or (any(again) and num_states > len(output_ids)):
+        raise ResponseError(
+            f"request {request.rid}: hidden states of {num_states} tokens, not of the "
+            f"{len(output_ids)} output ids."
+        )
+    return [prompt, *states[: max(0, len(output_ids) - 1)]] if prompt else []
 
 
 def _version_spans(

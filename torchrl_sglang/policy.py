@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase, set_list_to_stack
+from tensordict import NestedKey, TensorDictBase
 from torchrl.modules.llm.policies.common import LLMWrapperBase
 
 from .completions import Completion
-from .errors import ServiceError
+from .errors import SGLangError, UnsupportedOptionError
 from .live import find_service
 from .protocol import LogitProcessor
 from .rollout.call import Call, shared_batcher
@@ -66,8 +67,8 @@ class SGLangWrapper(LLMWrapperBase):
         processor: a change to the logits for every row, see `allowed_tokens` and its like.
         lora: name of a loaded LoRA adapter for every row.
         sampling_key: a TensorDict of the input with options per row, not the same ones in every
-            row: sampling options, ``action_mask``, ``lora``, ``session``, and ``images``,
-            ``videos``, ``audios``: URLs, files of the servers or base64, one or a list.
+            row: sampling options, ``action_mask``, ``lora``, ``session``, ``rid`` (for ``abort``),
+            and ``images``, ``videos``, ``audios``: URLs, files of the servers or base64.
         partial_rollouts: aborted rows come back with what they had and ``finish_reason`` "abort";
             `resume` goes on with them. Otherwise they raise `RequestAbortedError`.
         rollout_key: where ``finish_reason`` and ``weight_version`` per row, ``policy_version`` per
@@ -161,7 +162,6 @@ class SGLangWrapper(LLMWrapperBase):
         """The service, under the name that TorchRL's wrappers use."""
         return self.service
 
-    @set_list_to_stack(True)
     def forward(
         self,
         tensordict: TensorDictBase,
@@ -191,14 +191,24 @@ class SGLangWrapper(LLMWrapperBase):
         tensordict_out: TensorDictBase | None = None,
         **kwargs: Any,
     ) -> TensorDictBase:
-        """Same as calling it, awaited; cancelling it aborts its requests on the servers."""
-        with set_list_to_stack(True):
-            call = Call(tensordict, self._settled, self.service, kwargs)
-        completions = await self.service.acomplete(call.requests, call.arrive)
-        with set_list_to_stack(True):
-            return self._place(tensordict, call.outputs(completions), tensordict_out)
+        """Same as calling it, awaited; cancelling it aborts its requests on the servers.
 
-    @set_list_to_stack(True)
+        Nothing blocks the event loop: prompts are read, and outputs made, in threads.
+
+        Raises:
+            UnsupportedOptionError: the policy batches over threads, see ``batching``.
+        """
+        if self._batcher is not None:
+            raise UnsupportedOptionError(
+                "agenerate sends its prompts at once, while this policy (batching=True, or a "
+                "min_batch_size or max_batch_size) collects those of several threads: await one "
+                "without, or call this one in threads."
+            )
+        call = await asyncio.to_thread(Call, tensordict, self._settled, self.service, kwargs)
+        completions = await self.service.acomplete(call.requests, call.arrive)
+        out = await asyncio.to_thread(call.outputs, completions)
+        return await asyncio.to_thread(self._place, tensordict, out, tensordict_out)
+
     def resume(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
         """Goes on with the aborted rows of a partial rollout; the other rows stay as they are.
 
@@ -224,7 +234,7 @@ class SGLangWrapper(LLMWrapperBase):
         groups = self._batcher.call(call.requests, len(call.requests))
         completions: list[Completion] = []
         for group in groups:
-            if isinstance(group, ServiceError):
+            if isinstance(group, SGLangError):
                 raise group
             completions += group
         return completions
@@ -246,9 +256,12 @@ class SGLangWrapper(LLMWrapperBase):
     def get_new_version(self, **kwargs: Any) -> SGLangWrapper:
         """A wrapper with other arguments, such as ``generate=False``; the rest stays the same.
 
-        ``input_key`` follows the mode unless it is given here.
+        Where ``input_mode`` or ``generate`` changes, ``input_key`` follows unless it is given.
         """
-        given = {k: v for k, v in self._given.items() if k != "input_key"}
+        given = dict(self._given)
+        now = {"input_mode": self.input_mode, "generate": self.generate}
+        if now != {name: kwargs.get(name, value) for name, value in now.items()}:
+            given["input_key"] = None
         if kwargs.get("generate") is False:
             given |= {"return_log_probs": None, "num_samples": None, "generate_kwargs": None}
             given |= {"processor": None, "extras": ()}

@@ -32,13 +32,13 @@ import math
 import operator
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .errors import ConfigError, InputError
-from .processors_ship import Kind, class_kind, serialized
+from .processors_ship import class_kind, serialized
+from .processors_staged import Stage, StagedProcessor
 from .protocol import LogitProcessor
 
 # No vocabulary has an id as large; a mask takes a byte per id while it is made.
@@ -46,40 +46,6 @@ MAX_ID = 2**24
 LOWEST_TEMPERATURE = 1e-6  # SGLang's own; below it samples greedily
 
 Ids = Iterable[int] | torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One change to the logits.
-
-    Attributes:
-        kind: what the server runs.
-        params: its parameters, as JSON.
-        allowed: for a mask, a byte of 0 or 1 per id; and
-        beyond: whether the ids after these are allowed.
-    """
-
-    kind: Kind
-    params: str
-    allowed: bytes | None = None
-    beyond: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class StagedProcessor(LogitProcessor):
-    """A processor that `combined` can take apart.
-
-    Attributes:
-        stages: what it does, in order.
-        min_vocab_size: with fewer ids in the model's vocabulary, its masks leave nothing.
-    """
-
-    stages: tuple[Stage, ...] = ()
-    min_vocab_size: int = 1
-
-    def __repr__(self) -> str:
-        kinds = [stage.kind if isinstance(stage.kind, str) else "class" for stage in self.stages]
-        return f"{type(self).__name__}({', '.join(kinds)})"
 
 
 def allowed_tokens(ids: Ids) -> StagedProcessor:

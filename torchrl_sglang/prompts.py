@@ -222,7 +222,7 @@ def _from_text(td: TensorDictBase, spec: PromptSpec) -> Prompts:
     turns: Sequence[Turn | None] = [None] * len(texts)
     if spec.generate:
         turns = [
-            turn if turn is not None and text.startswith(turn.text) else spec.memory.find(text)
+            turn if turn is not None and text.startswith(turn.text) else spec.memory.begins(text)
             for text, turn in zip(texts, _carried(td, spec), strict=True)
         ]
     fresh = [text for text, turn in zip(texts, turns, strict=True) if turn is None]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import ConfigError, EmptyPromptError
+from .errors import ConfigError, EmptyPromptError, UnsupportedOptionError
 from .sampling import SamplingParams
 
 
@@ -81,6 +81,20 @@ class LogitProcessor:
 
     serialized: str
     params: Mapping[str, Any] = field(default_factory=dict)
+
+    def after(self, num_tokens: int) -> LogitProcessor:
+        """The processor for a request whose prompt ends with ``num_tokens`` that this one sampled.
+
+        Raises:
+            UnsupportedOptionError: nothing is known of it, and it may look at the tokens so far.
+        """
+        if num_tokens == 0:
+            return self
+        raise UnsupportedOptionError(
+            f"a completion with a processor was aborted after {num_tokens} tokens: it can't go on "
+            "from there, since the processor may look at the tokens so far and would begin again. "
+            "Generate it anew, or make the processor with this library."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ REFUSED = {
     "prompt_logprobs": "use SGLangWrapper(extras={'input_log_probs': True}).",
     "detokenize": "use SGLangWrapper(text_key=None) to leave the text out.",
     "custom_params": "use SGLangWrapper(processor=...), which carries a processor's parameters.",
+    "stream_interval": "answers are not streamed; service.as_completed yields whole completions.",
+    "watermark": "it changes the distribution that is sampled from, and no log-prob says how.",
     "bad_words": "use SGLangWrapper(processor=disallowed_tokens(ids)), or logit_bias.",
     "allowed_token_ids": "use SGLangWrapper(processor=allowed_tokens(ids)).",
 }

@@ -17,15 +17,15 @@ from .completions import INITIAL_VERSION
 from .config import RouterConfig, ServerConfig, Timeouts
 from .data_client import DataClient
 from .gate import ServiceState, UpdateGate
-from .generation import GeneratingModel
 from .launch.fleet import FleetPlan
 from .live import remember
 from .local import LocalResources
 from .sessions import Sessions
+from .shared_generation import SharedGeneration
 from .start import choose_device, plan_fleet, start_fleet
 
 
-class AsyncSGLang(GeneratingModel):
+class AsyncSGLang(SharedGeneration):
     """The rollout service: generates with SGLang servers that it started or attached to.
 
     Managed (`from_pretrained`): starts servers and one router, and ends them in `shutdown`, on

@@ -17,10 +17,15 @@ from .errors import (
     RequestTimeoutError,
     ResponseError,
     ServiceError,
+    SGLangError,
 )
+from .parsing import Group
 from .protocol import GenerateRequest, SessionTurn
 
 SESSION_CAPACITY = 1 << 20  # what SGLang takes as capacity_of_str_len
+# A client that is killed closes nothing, and a server that it did not start would hold its sessions
+# for good. Longer than `Timeouts.request_s`: SGLang counts from the last request's arrival.
+SESSION_TIMEOUT_S = 3600.0
 
 
 class Session:
@@ -201,6 +206,21 @@ class Sessions:
                     stack.callback(_finish, session, request, index, ended)
             yield ended
 
+    @contextlib.contextmanager
+    def turns(self, batch: Sequence[GenerateRequest]) -> Iterator[Turns]:
+        """Same as `held`, but a session that can't go on leaves the others alone; see `Turns`."""
+        turns = Turns(batch)
+        for index, request in enumerate(batch):
+            if request.session is not None:
+                try:
+                    turns.begin(index, self.find(request.session.session_id))
+                except (ConfigError, InputError) as error:
+                    turns.refused[index] = error
+        try:
+            yield turns
+        finally:
+            turns.give_up()
+
     def close(self) -> None:
         """Closes every session; servers that are gone hold none any more."""
         with self._lock:
@@ -217,6 +237,42 @@ class Sessions:
 
     def _forget_closed(self) -> None:
         self._open = {k: s for k, s in self._open.items() if not s.closed}
+
+
+class Turns:
+    """The turns of a batch's requests in their sessions, each ended as soon as its request is.
+
+    Attributes:
+        refused: why sessions can't go on, by the request's index.
+    """
+
+    def __init__(self, batch: Sequence[GenerateRequest]) -> None:
+        self._batch = batch
+        self._under_way: dict[int, Session] = {}
+        self.refused: dict[int, SGLangError] = {}
+
+    def begin(self, index: int, session: Session) -> None:
+        """A request is about to be sent; errors as in `Session.begin`."""
+        session.begin(self._batch[index])
+        self._under_way[index] = session
+
+    def end(self, index: int, group: Group) -> Group:
+        """What a request came to; another error where it is not what the session can go on from."""
+        session = self._under_way.pop(index, None)
+        if session is None:
+            return group
+        try:
+            session.finish(self._batch[index], group[0] if isinstance(group, list) else None)
+        except ResponseError as error:
+            return error
+        return group
+
+    def give_up(self) -> None:
+        """Sessions whose requests did not end stay where they were."""
+        for index in list(self._under_way):
+            session = self._under_way.pop(index, None)
+            if session is not None:
+                session.finish(self._batch[index], None)
 
 
 def _finish(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,10 @@ from torchrl_sglang import (
     SGLangWeightSyncScheme,
     SGLangWrapper,
     WeightSyncConfig,
+    allowed_tokens,
+    combined,
+    progress_temperature,
+    user_processor,
 )
 from torchrl_sglang.completions import Completion, VersionSpan
 from torchrl_sglang.errors import (
@@ -36,7 +42,10 @@ from torchrl_sglang.errors import (
     UnsupportedOptionError,
 )
 from torchrl_sglang.partial import continuation, joined
-from torchrl_sglang.protocol import Returns
+from torchrl_sglang.protocol import LogitProcessor, Returns, new_rid
+from torchrl_sglang.rollout.facts import InfoSpec
+from torchrl_sglang.rollout.resumed import _with_extras
+from torchrl_sglang.rollout.row_requests import given_rids
 
 Connect = Callable[..., SGLangWeightSyncScheme]
 
@@ -320,8 +329,63 @@ def test_what_can_not_go_on(
         continuation(GenerateRequest(text="hello", sampling=SHORT), so_far)
 
 
-def test_a_grammar_that_did_not_begin_may_go_on() -> None:
-    assert continuation(requests_of(SHORT.updated({"regex": "a*"}))[0], part([]))
+FORGOTTEN = [
+    {"frequency_penalty": 0.5},
+    {"presence_penalty": -0.5},
+    {"repetition_penalty": 1.1},
+    {"stop": "a"},
+    {"stop_regex": "a+"},
+]
+
+
+@pytest.mark.parametrize("options", [{"regex": "a*"}, *FORGOTTEN], ids=str)
+def test_what_did_not_begin_may_go_on(options: dict[str, Any]) -> None:
+    assert continuation(requests_of(SHORT.updated(options))[0], part([]))
+
+
+@pytest.mark.parametrize("options", FORGOTTEN, ids=str)
+def test_what_would_forget_the_first_part_does_not_go_on(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(UnsupportedOptionError, match=f"with {name} was aborted after 1 tokens"):
+        continuation(requests_of(SHORT.updated(options))[0], part([7]))
+
+
+class Own:
+    """A processor of a user's own."""
+
+    def __call__(self, logits: Any, params: Any) -> Any:
+        return logits
+
+
+def test_processors_go_on_from_where_they_were() -> None:
+    """Token by token the temperatures are those of a request that was not aborted."""
+
+    def temperatures(processor: Any) -> list[float]:
+        way = json.loads(processor.params["stages"][-1])
+        start, end, length = way["start"], way["end"], way["over_tokens"]
+        return [start + (end - start) * min(k / length, 1) for k in range(20)]
+
+    mask = allowed_tokens([5, 6])
+    for processor in (progress_temperature(2.0, 0.5, 8), progress_temperature(0.5, 1.5, 1)):
+        whole = temperatures(processor)
+        for done in (0, 1, 3, 7, 8, 11):
+            (request,) = requests_of(LONG, processor=combined(mask, processor))
+            rest = continuation(request, part([7] * done)).processor
+            assert temperatures(rest)[: 20 - done] == pytest.approx(whole[done:])
+            assert (rest.serialized, rest.params["stages"][0]) == (  # type: ignore[union-attr]
+                request.processor.serialized,  # type: ignore[union-attr]
+                request.processor.params["stages"][0],  # type: ignore[union-attr]
+            )
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: user_processor(Own), lambda: LogitProcessor(serialized="x")]
+)
+def test_processors_that_may_count_tokens_do_not_go_on(made: Callable[[], LogitProcessor]) -> None:
+    (request,) = requests_of(SHORT, processor=made())
+    assert continuation(request, part([])).processor == request.processor
+    with pytest.raises(UnsupportedOptionError, match="would begin again"):
+        continuation(request, part([7]))
 
 
 def test_joined_parts() -> None:
@@ -376,6 +440,24 @@ def test_hidden_states_of_two_parts() -> None:
     after = part([9, 10], hidden_states=[[[5.0], [6.0]], [7.0]])
     states = joined(before, after).hidden_states
     assert [states[0][-1], *states[1:]] == [[2.0], [3.0], [6.0], [7.0]]
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that numpy can't read before it was copied, as one on a GPU."""
+
+    def numpy(self, **kwargs: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+
+    def cpu(self, *args: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_routed_experts_of_outputs_on_a_gpu() -> None:
+    experts = torch.arange(6, dtype=torch.int32).view(3, 2)
+    row = {("rollout", "routed_experts"): experts.as_subclass(OnGPU)}
+    settled = SimpleNamespace(info=InfoSpec(key="rollout", extras={"routed_experts": 1}))
+    read = _with_extras(part([7]), row, settled, None).routed_experts
+    assert base64.b64decode(read) == experts.numpy().tobytes()
 
 
 # The policy
@@ -710,6 +792,105 @@ def test_options_per_row_go_on_under_any_name(service: AsyncSGLang) -> None:
     greedy = split(rows_of(out)[1])[1]
     alone = service.generate([7, 8], {**SAMPLING, "temperature": 0.0, "max_new_tokens": 20})
     assert greedy[:20] == alone.output_ids
+
+
+def as_if_aborted(policy: SGLangWrapper, td: TensorDict, done: int, **options: Any) -> TensorDict:
+    """Rows that have ``done`` tokens and say that they were aborted."""
+    out = policy(td, max_new_tokens=done, **options)
+    for row in rows_of(out):
+        assert row["rollout", "finish_reason"] == "length"
+        row["rollout"].set("finish_reason", NonTensorData("abort"))
+    return out
+
+
+def test_a_stop_that_begins_before_the_abort_and_ends_after(
+    service: AsyncSGLang, tokenizer: Any
+) -> None:
+    """Wherever the row was aborted, it ends where it would have ended."""
+    (hyphen,) = tokenizer("-")["input_ids"]
+    policy = SGLangWrapper(
+        service,
+        input_mode="tokens",
+        generate_kwargs={"logit_bias": {hyphen: 100.0}, "no_stop_trim": False},
+        partial_rollouts=True,
+    )
+    td = lazy_stack([*token_rows([5, 6], [7, 8])])
+    td[1].set("sampling", TensorDict(stop=NonTensorData("--")))
+    options = {"max_new_tokens": 12, "stop": ["*", "---"]}
+    for done, some in ((1, td), (2, td[:1])):
+        wholes = rows_of(policy(some.clone(), **options))
+        assert [len(row["tokens"].response) for row in wholes] == [3, 2][: len(wholes)]
+        out = as_if_aborted(policy, some.clone(), done)
+        for row, whole in zip(rows_of(policy.resume(out, **options)), wholes, strict=True):
+            assert row["rollout", "finish_reason"] == "stop"
+            assert row["tokens"].response.tolist() == whole["tokens"].response.tolist()
+            assert row["text"].response == whole["text"].response == ""
+            assert row["log_probs"].response.shape == whole["log_probs"].response.shape
+
+
+@pytest.mark.parametrize("options", [*FORGOTTEN[:3], FORGOTTEN[4]], ids=str)
+def test_rows_that_would_forget_their_first_part(
+    service: AsyncSGLang, options: dict[str, Any]
+) -> None:
+    policy = SGLangWrapper(
+        service, input_mode="tokens", generate_kwargs=SAMPLING, partial_rollouts=True, inplace=False
+    )
+    out = as_if_aborted(policy, token_rows([5, 6], [7, 8]), 3)
+    with pytest.raises(UnsupportedOptionError, match=next(iter(options))) as caught:
+        policy.resume(out, max_new_tokens=5, **options)
+    assert caught.value.__notes__ == ["row 0 of the batch"]
+    assert [len(split(row)[1]) for row in rows_of(policy.resume(out, max_new_tokens=5))] == [5, 5]
+
+
+def test_a_moving_temperature_goes_on_in_a_row(special_service: AsyncSGLang, model: Any) -> None:
+    """The log-probs of the second part are those at the temperatures that were left."""
+    needs(special_service, "processors")
+    policy = SGLangWrapper(
+        special_service,
+        input_mode="tokens",
+        generate_kwargs={"ignore_eos": True},
+        processor=progress_temperature(1.0, 3.0, 6),
+        partial_rollouts=True,
+        inplace=False,
+    )
+    out = policy.resume(as_if_aborted(policy, token_rows([5, 6]), 4), max_new_tokens=10)
+    prompt, sampled, scores, _ = split(rows_of(out)[0])
+    for index, score in enumerate(scores):
+        temperature = 1.0 + 2.0 * min(index / 6, 1)
+        expected = hf_log_probs(model, [*prompt, *sampled[:index]], sampled[index:], temperature)
+        assert score == pytest.approx(expected[0], abs=0.02)
+
+
+def test_one_row_of_a_call(service: AsyncSGLang) -> None:
+    """By the id that the row gave its request."""
+    policy = SGLangWrapper(
+        service,
+        input_mode="tokens",
+        generate_kwargs=SAMPLING,
+        partial_rollouts=True,
+        extras=["request_id"],
+    )
+    td = token_rows([5, 6], [7, 8], [9])
+    for row, rid in zip(td.unbind(0)[:2], ("first-row", "second-row"), strict=True):
+        row.set("sampling", TensorDict(rid=NonTensorData(f"{rid}-{new_rid()}")))
+    rids = [row["sampling", "rid"] for row in td.unbind(0)[:2]]
+    future = once_running(service, 3, lambda: policy(td, max_new_tokens=1200))
+    service.abort(rids[1])
+    out = future.result(60.0)
+    assert reasons(out) == ["length", "abort", "length"]
+    assert [row["rollout", "request_id"] for row in rows_of(out)][:2] == rids
+    done = len(split(out[1])[1])
+    assert 0 < done < 1200
+    assert reasons(policy.resume(out, max_new_tokens=done + 3)) == ["length"] * 3
+
+
+@pytest.mark.parametrize(
+    "rids", [["a", "a"], ["a", None, "a"], ["a-1", "b", "a-10"], [""], [7]], ids=str
+)
+def test_ids_that_rows_can_not_have(rids: list[Any]) -> None:
+    with pytest.raises(InputError, match="rid="):
+        given_rids([{} if rid is None else {"rid": rid} for rid in rids])
+    assert given_rids([{"rid": "a"}, {}, {"rid": "b"}]) == [{"rid": "a"}, {}, {"rid": "b"}]
 
 
 def test_a_session_per_row_goes_on(service: AsyncSGLang) -> None:

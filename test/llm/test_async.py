@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -22,7 +23,14 @@ from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Tokens
 
-from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWrapper, Timeouts
+from torchrl_sglang import (
+    AsyncSGLang,
+    GenerateRequest,
+    SamplingParams,
+    SGLangWrapper,
+    Timeouts,
+    local,
+)
 from torchrl_sglang.errors import (
     EmptyBatchError,
     InputError,
@@ -31,7 +39,9 @@ from torchrl_sglang.errors import (
     ResponseError,
     ServiceBrokenError,
     ServiceClosedError,
+    UnsupportedOptionError,
 )
+from torchrl_sglang.rollout import call
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 SHORT = SamplingParams(max_new_tokens=4, ignore_eos=True)
@@ -152,6 +162,41 @@ def test_what_the_policy_takes_it_takes_awaited(service: AsyncSGLang) -> None:
     assert asyncio.run(policy.agenerate(td)) is td
     with pytest.raises(EmptyBatchError):
         asyncio.run(policy.agenerate(token_rows([5])[:0]))
+
+
+def test_what_takes_time_is_done_in_threads(
+    attached: AsyncSGLang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attaching, reading prompts, making outputs: the event loop of the caller does none of it."""
+    policy = SGLangWrapper(attached, generate_kwargs=GREEDY, inplace=False)
+    seen: dict[str, threading.Thread] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            seen[name] = threading.current_thread()
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    watch(local, "attach")
+    watch(call, "read_prompts")
+    watch(call, "build_outputs")
+    watch(SGLangWrapper, "_place")
+    copied = pickle.loads(pickle.dumps(policy))  # attaches on first use
+    with copied.service:
+        out = asyncio.run(copied.agenerate(chat_rows("hello", "no")))
+    assert out.batch_size == (2,)
+    assert set(seen) == {"attach", "read_prompts", "build_outputs", "_place"}
+    assert threading.main_thread() not in seen.values()
+
+
+def test_a_policy_that_batches_over_threads_is_not_awaited(service: AsyncSGLang) -> None:
+    for sizes in ({"batching": True}, {"min_batch_size": 2}):
+        policy = SGLangWrapper(service, input_mode="tokens", generate_kwargs=GREEDY, **sizes)
+        with pytest.raises(UnsupportedOptionError, match="min_batch_size"):
+            asyncio.run(policy.agenerate(token_rows([5, 6])))
 
 
 def test_many_awaited_at_once(service: AsyncSGLang, model: Any) -> None:

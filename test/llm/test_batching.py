@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import pickle
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
+from lora_files import random_adapter
+from servers import needs
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
-from torchrl_sglang import AsyncSGLang, SGLangWrapper
+from torchrl_sglang import AsyncSGLang, SGLangWrapper, Timeouts
 from torchrl_sglang.batching import Batcher, BatchingConfig
 from torchrl_sglang.errors import (
     ConfigError,
+    InputError,
     PromptTooLongError,
     RequestRefusedError,
+    RequestTimeoutError,
+    ResponseError,
     ServerFailedError,
     ServiceError,
     UnsupportedOptionError,
@@ -203,20 +213,147 @@ def test_a_server_that_fails_for_all_fails_all(
     assert grouped == [3, 3]
 
 
+def named(service: AsyncSGLang, ids: list[int], **options: Any) -> TensorDict:
+    """One row with options of its own."""
+    td = rows(ids)
+    values = {name: NonTensorData(value) for name, value in options.items()}
+    td[0].set("sampling", TensorDict(values))
+    return td
+
+
+def test_a_session_that_can_not_go_on_fails_its_own_caller_alone(service: AsyncSGLang) -> None:
+    """One that two callers go on with at once, and one that was closed while its row waited."""
+    needs(service, "sessions")
+    policy = batching_policy(service, min_batch_size=4, batching_timeout=30.0)
+    busy, closed = service.open_session(), service.open_session()
+    with busy, ThreadPoolExecutor(4) as pool:
+        twice = [
+            pool.submit(policy, named(service, [5, 6, i], session=busy.session_id)) for i in (1, 2)
+        ]
+        gone = pool.submit(policy, named(service, [5, 6], session=closed.session_id))
+        wait_until(lambda: policy.get_batching_state()["queue_size"] == 3)
+        closed.close()
+        plain = pool.submit(policy, rows([5, 6, 7]))
+        assert len(responses(plain.result(30.0))[0]) == 4
+        assert isinstance(gone.exception(30.0), InputError | ConfigError)
+        errors = [future.exception(30.0) for future in twice]
+        assert sorted(map(bool, errors)) == [False, True]
+        assert any(isinstance(e, ConfigError) and "under way" in str(e) for e in errors)
+        assert len(busy.tokens) == 3 + 4  # whoever was first went on
+
+
+def test_a_wrong_answer_in_a_session_fails_its_own_caller_alone(
+    proxied: AsyncSGLang, proxy: FaultProxy
+) -> None:
+    needs(proxied, "sessions")
+
+    def longer(answer: bytes) -> bytes:
+        read = json.loads(answer)
+        read["meta_info"]["prompt_tokens"] += 1 if read["meta_info"]["prompt_tokens"] == 3 else 0
+        return json.dumps(read).encode()
+
+    policy = batching_policy(proxied, min_batch_size=2, batching_timeout=30.0)
+    proxy.faults["/generate"] = Fault(garble=longer)
+    with proxied.open_session() as session, ThreadPoolExecutor(2) as pool:
+        bad = pool.submit(policy, named(proxied, [5, 6, 7], session=session.session_id))
+        good = pool.submit(policy, rows([5, 6]))
+        assert isinstance(bad.exception(30.0), ResponseError)
+        assert len(responses(good.result(30.0))[0]) == 4
+
+
+def test_an_adapter_that_goes_while_its_row_waits(
+    special_service: AsyncSGLang, model: Any, tmp_path: Path
+) -> None:
+    needs(special_service, "lora")
+    folder = random_adapter(tmp_path / "adapter", model, seed=1)
+    special_service.lora.load("passing", str(folder))
+    policy = batching_policy(special_service, min_batch_size=2, batching_timeout=30.0)
+    with ThreadPoolExecutor(2) as pool:
+        bad = pool.submit(policy, rows([5, 6]), lora="passing")
+        wait_until(lambda: policy.get_batching_state()["queue_size"] == 1)
+        special_service.lora.unload("passing")
+        good = pool.submit(policy, rows([5, 6, 7]))
+        assert len(responses(good.result(30.0))[0]) == 4
+        error = bad.exception(30.0)
+    assert isinstance(error, InputError)
+    assert "not loaded" in str(error)
+    assert error.__notes__ == ["prompt 0 of the batch"]
+
+
+def test_what_was_finished_in_time_is_not_lost_to_what_was_not(
+    proxy: FaultProxy, service: AsyncSGLang
+) -> None:
+    timeouts = Timeouts(request_s=3.0)
+    with AsyncSGLang.connect(proxy.url, api_key=service.api_key, timeouts=timeouts) as external:
+        policy = batching_policy(external, min_batch_size=3, batching_timeout=30.0)
+        proxy.faults["/generate"] = Fault(delay_s=20.0, times=1)
+        futures = in_threads([lambda i=i: policy(rows([5, 6, i])) for i in range(3)])
+    errors = [future.exception() for future in futures]
+    (late,) = filter(None, errors)
+    assert isinstance(late, RequestTimeoutError)
+    assert late.__notes__ == ["prompt 0 of the batch"]
+    assert [len(responses(f.result())[0]) for f in futures if f.exception() is None] == [4, 4]
+
+
+def test_a_caller_has_his_rows_as_soon_as_they_are_done(
+    proxied: AsyncSGLang, proxy: FaultProxy
+) -> None:
+    """Whoever runs the batch waits for all of it."""
+    policy = batching_policy(proxied, min_batch_size=2, batching_timeout=30.0)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(policy, rows([5, 6, 7]))
+        wait_until(lambda: policy.get_batching_state()["queue_size"] == 1)
+        last = pool.submit(policy, rows([5, 6, 8]), max_new_tokens=1200)
+        assert len(responses(first.result(30.0))[0]) == 4
+        assert not last.done()
+        assert len(responses(last.result(60.0))[0]) == 1200
+
+
+# A copy
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda policy: pickle.loads(pickle.dumps(policy)),
+        lambda policy: cloudpickle.loads(cloudpickle.dumps(policy)),
+    ],
+    ids=["deepcopy", "pickle", "cloudpickle"],
+)
+def test_a_copy_shares_requests_too(
+    attached: AsyncSGLang, copied: Callable[[SGLangWrapper], SGLangWrapper]
+) -> None:
+    policy = batching_policy(attached, min_batch_size=2, max_batch_size=9, batching_timeout=30.0)
+    expected = [responses(f.result()) for f in in_threads([lambda: policy(rows([5, 6]))] * 2)]
+    made = copied(policy)
+    assert made.get_batching_state() == policy.get_batching_state()
+    assert made._batcher is not policy._batcher
+    with made.service:
+        assert made._batcher._run.service is made.service
+        outs = in_threads([lambda: made(rows([5, 6]))] * 2)
+        assert [responses(future.result()) for future in outs] == expected
+    assert responses(batching_policy(attached)(rows([5, 6]))) == expected[0]  # still open
+
+
 # The batcher alone
 
 
-def double(items: list[int]) -> list[int | BaseException]:
-    return [2 * item for item in items]
+Done = Callable[[int, int | BaseException], None]
+
+
+def double(items: list[int], done: Done) -> None:
+    for index, item in enumerate(items):
+        done(index, 2 * item)
 
 
 def test_every_item_runs_once_under_load() -> None:
     runs: list[list[int]] = []
 
-    def run(items: list[int]) -> list[int | BaseException]:
+    def run(items: list[int], done: Done) -> None:
         runs.append(items)
         time.sleep(0.001)
-        return double(items)
+        double(items, done)
 
     batcher = Batcher(run, BatchingConfig(min_size=7, max_size=20, timeout_s=0.02))
     calls = [lambda i=i: batcher.call(i, 1 + i % 5) for i in range(300)]
@@ -228,8 +365,15 @@ def test_every_item_runs_once_under_load() -> None:
     assert batcher.num_waiting == 0
 
 
+def test_a_batch_that_forgets_somebody_leaves_nobody_waiting() -> None:
+    batcher = Batcher(lambda items, done: done(0, 1), BatchingConfig(min_size=2, timeout_s=30.0))
+    futures = in_threads([lambda i=i: batcher.call(i, 1) for i in range(2)])
+    assert {type(future.exception()) for future in futures} <= {ServiceError, type(None)}
+    assert any(isinstance(future.exception(), ServiceError) for future in futures)
+
+
 def test_an_exception_in_the_thread_that_runs_reaches_everybody() -> None:
-    def fail(items: list[int]) -> list[int | BaseException]:
+    def fail(items: list[int], done: Done) -> None:
         raise ServerFailedError("gone")
 
     batcher = Batcher(fail, BatchingConfig(min_size=3, timeout_s=30.0))
@@ -250,10 +394,10 @@ def interruptible() -> Any:
 
 
 def test_ctrl_c_while_running_does_not_look_like_ctrl_c_elsewhere(interruptible: None) -> None:
-    def run(items: list[int]) -> list[int | BaseException]:
+    def run(items: list[int], done: Done) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(10.0)
-        return double(items)
+        double(items, done)
 
     batcher = Batcher(run, BatchingConfig(min_size=2, timeout_s=30.0))
     with ThreadPoolExecutor(1) as pool:
@@ -269,9 +413,9 @@ def test_ctrl_c_while_waiting_leaves_nothing_behind(interruptible: None) -> None
     """Nobody runs what nobody waits for."""
     runs: list[list[int]] = []
 
-    def run(items: list[int]) -> list[int | BaseException]:
+    def run(items: list[int], done: Done) -> None:
         runs.append(items)
-        return double(items)
+        double(items, done)
 
     batcher = Batcher(run, BatchingConfig(min_size=2, timeout_s=30.0))
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))

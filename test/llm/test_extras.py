@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from behaviour import chosen, full_log_probs, hf_logits
-from servers import hf_log_probs, needs
+from servers import hf_log_probs, needs, perturb, ready_weights
 from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -19,11 +21,13 @@ from torchrl_sglang import (
     AsyncSGLang,
     Completion,
     GenerateRequest,
+    SGLangWeightSyncScheme,
     SGLangWrapper,
 )
 from torchrl_sglang.completions import VersionSpan
-from torchrl_sglang.errors import ConfigError, UnsupportedOptionError
+from torchrl_sglang.errors import ConfigError, ResponseError, UnsupportedOptionError
 from torchrl_sglang.outputs import Rows
+from torchrl_sglang.parsing import parse_completion
 from torchrl_sglang.protocol import Returns
 from torchrl_sglang.rollout.facts import EXTRAS, InfoSpec, build_info, parse_extras
 
@@ -299,6 +303,85 @@ def test_hidden_states(
             )
 
 
+def test_hidden_states_when_weights_are_pushed_in_mid_generation(
+    special_service: AsyncSGLang, model: Any, model_path: Path
+) -> None:
+    """Rows are retracted and computed anew; each token keeps the state that it was sampled from."""
+    needs(special_service, "hidden_states")
+    policy = make_policy(
+        special_service,
+        extras=["hidden_states"],
+        generate_kwargs={"max_new_tokens": 400, "temperature": 3.0},
+    )
+    scheme = SGLangWeightSyncScheme(special_service)
+    scheme.init_on_sender()
+    scheme.connect()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(policy, make_input())
+            load = special_service.workers[0]
+            wait_until(lambda: load.get("/v1/loads")["loads"][0]["num_running_reqs"] == 4)
+            scheme.send(perturb(model, seed=41))
+            version = scheme.last_push.version  # type: ignore[union-attr]
+            out = call.result(60.0)
+    finally:
+        scheme.close()
+        ready_weights(special_service, model_path)
+    for row in rows_of(out):
+        prompt, response = parts(row)
+        states = row["rollout"]["hidden_states"]
+        assert states.shape == (400, 128)
+        versions = row["rollout"]["policy_version"][len(prompt) :].tolist()
+        assert versions[-1] == version
+        switch = versions.index(version)
+        assert switch > 0
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *response]])
+            expected = model.model(ids).last_hidden_state[0, len(prompt) - 1 : -1].float()
+        torch.testing.assert_close(states[switch:], expected[switch:], atol=0.15, rtol=0)
+
+
+def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("states", "num_tokens", "read"),
+    [
+        ([[[0.0], [1.0]], [2.0], [3.0]], 3, [[[0.0], [1.0]], [2.0], [3.0]]),
+        # Retracted after two tokens: prompt and both tokens again, of which one was cached.
+        ([[[0.0], [1.0]], [2.0], [[8.0], [3.0]], [4.0]], 4, [[[0.0], [1.0]], [2.0], [3.0], [4.0]]),
+        ([[[1.0]], [[9.0], [2.0]], [[9.0], [3.0]]], 3, [[[1.0]], [2.0], [3.0]]),
+        ([[[1.0]], [2.0], [3.0]], 2, [[[1.0]], [2.0]]),  # drafted and not kept
+        ([[[1.0]], [2.0]], 3, None),
+        ([[[1.0]], [[2.0]], [3.0]], 2, None),
+        ([], 1, None),
+    ],
+)
+def test_hidden_states_are_one_per_token(
+    states: list[Any], num_tokens: int, read: list[Any] | None
+) -> None:
+    request = GenerateRequest(
+        input_ids=(5, 6), return_log_probs=False, returns=Returns(hidden_states=True)
+    )
+    meta = {
+        "id": request.rid,
+        "finish_reason": {"type": "length"},
+        "prompt_tokens": 2,
+        "completion_tokens": num_tokens,
+        "hidden_states": states,
+    }
+    answer = {"output_ids": [7] * num_tokens, "meta_info": meta}
+    if read is None:
+        with pytest.raises(ResponseError, match=f"not of the {num_tokens} output ids"):
+            parse_completion(answer, request)
+    else:
+        assert parse_completion(answer, request).hidden_states == read
+
+
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
@@ -414,7 +497,14 @@ def test_a_row_that_was_aborted_before_its_first_token() -> None:
     assert info["sampling_mask_ids"].tolist() == []
     assert info["sampling_mask_offsets"].tolist() == [0]
     assert info["policy_version"].tolist() == [-1, -1]
+    assert info["weight_version"] == -1
     assert info["latency_s"].isnan()
+
+
+@pytest.mark.parametrize("spans", [[], [("7", 0, 0)]], ids=["never ran", "from the queue"])
+def test_no_weights_sampled_a_row_without_a_token(spans: list[Any]) -> None:
+    assert info_of(completion([], spans=spans))["weight_version"] == -1
+    assert completion([], spans=spans).weight_version == (spans[0][0] if spans else None)
 
 
 def test_routed_experts_are_read() -> None:

@@ -243,6 +243,20 @@ def test_nothing_writes_the_environment(module: str) -> None:
     assert environment_writes(TREES[module]) == []
 
 
+# Switches of other libraries that act on the whole process, for good or while a call lasts: other
+# threads see them flip.
+SWITCHES = {
+    "tensordict": ("set_list_to_stack", "set_lazy_legacy", "set_capture_non_tensor_stack"),
+    "torch": ("set_default_device", "set_default_dtype", "set_num_threads", "manual_seed"),
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_flips_a_switch_of_the_process(module: str) -> None:
+    switches = {f"{package}.{name}" for package, names in SWITCHES.items() for name in names}
+    assert not switches & IMPORTS[module]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_length(module: str) -> None:
     num_lines = len(PATHS[module].read_text().splitlines())

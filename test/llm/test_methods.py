@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from torchrl_sglang.errors import (
     VerificationError,
     WeightsError,
 )
-from torchrl_sglang.requests_in import to_requests
 from torchrl_sglang.weights import shared_memory
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
@@ -121,16 +121,26 @@ def test_a_push_that_does_not_block(
     assert error_of(service, model) < 0.02
 
 
-def test_requests_in_flight_survive_every_way(
-    service: AsyncSGLang, model: Any, connected: Connect
+def num_running(service: AsyncSGLang) -> int:
+    return service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_requests_in_flight_lose_no_token(
+    service: AsyncSGLang, model: Any, connected: Connect, method: str
 ) -> None:
-    for method in METHODS:
-        scheme = connected(config=config(method))
-        requests, _ = to_requests(PROMPTS, {**SAMPLING, "max_new_tokens": 300})
-        running = service.as_completed(requests)
+    scheme = connected(config=config(method))
+    sampling = {**SAMPLING, "max_new_tokens": 400}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(service.generate, PROMPTS, sampling)
+        deadline = time.monotonic() + 20.0
+        while num_running(service) < len(PROMPTS):
+            assert time.monotonic() < deadline
         scheme.send(perturb(model, seed=78))
-        assert sum(len(c.output_ids) for _, [c] in running) == 300 * len(PROMPTS)
-        scheme.close()
+        assert not running.done()
+        completions = running.result(60.0)
+    assert [len(c.output_ids) for c in completions] == [400] * len(PROMPTS)
+    assert {c.weight_version for c in completions} == {service.weight_version}
 
 
 # A part of the model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -107,6 +108,25 @@ def check_row(row: Any, tokenizer: Any, model: Any, mode: str, padded: bool) -> 
         assert turns.role == ["user", "assistant"]
         assert row["history"].response.content == [text.response]
         assert text.prompt.endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("mode", ["history", "text", "tokens"])
+def test_lists_need_not_stack(
+    service: AsyncSGLang, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Sampling and scoring leave TensorDict's switch as the user has it, and work either way."""
+    policy = SGLangWrapper(service, input_mode=mode, generate_kwargs=SAMPLING, inplace=False)
+    scorer = policy.get_new_version(generate=False)
+    td = make_input(mode, (6,), tokenizer)
+    with set_list_to_stack(mode == "history"):  # TorchRL's own History wants it
+        monkeypatch.setattr(set_list_to_stack, "__enter__", lambda self: pytest.fail("flipped"))
+        out = policy(td)
+        scored = scorer(out)
+        asyncio.run(policy.agenerate(td))
+    for row, score in zip(rows_of(out), rows_of(scored), strict=True):
+        assert score["log_probs"].full.shape == score["tokens"].full.shape
+        assert mode != "tokens" or torch.equal(score["tokens"].full, row["tokens"].full)
+        assert mode != "text" or score["text"].full == row["text"].full
 
 
 def test_padded_and_ragged_agree(service: AsyncSGLang, tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from torchrl_sglang import SamplingParams
 from torchrl_sglang.errors import ConfigError, UnsupportedOptionError
+from torchrl_sglang.sampling_names import REFUSED
 
 from_kwargs = SamplingParams.from_kwargs
 
@@ -31,7 +32,19 @@ def test_every_field_is_sent_and_no_other() -> None:
     }
 
 
-def test_the_engine_knows_every_name_that_is_sent() -> None:
+# What SGLang's class holds beside what a request can say.
+INTERNAL = {
+    "stop_strs",
+    "stop_regex_strs",
+    "stop_str_max_len",
+    "stop_regex_max_len",
+    "is_normalized",
+    "ebnf_full_assistant",
+}
+
+
+def engine_fields() -> set[str]:
+    """The fields of SGLang's own class, read from its source."""
     spec = importlib.util.find_spec("sglang")  # finds it, does not import it
     if spec is None or spec.origin is None:
         pytest.skip("SGLang is not installed here")
@@ -41,8 +54,20 @@ def test_the_engine_knows_every_name_that_is_sent() -> None:
         for node in ast.parse(source.read_text()).body
         if isinstance(node, ast.ClassDef) and node.name == "SamplingParams"
     )
-    known = {node.target.id for node in params.body if isinstance(node, ast.AnnAssign)}
-    assert set(SamplingParams().body()) <= known
+    return {node.target.id for node in params.body if isinstance(node, ast.AnnAssign)}
+
+
+def test_the_engine_knows_every_name_that_is_sent() -> None:
+    assert {field.name for field in dataclasses.fields(SamplingParams)} <= engine_fields()
+
+
+def test_every_name_of_the_engine_is_known() -> None:
+    """As an option, or refused with what to do instead."""
+    ours = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert engine_fields() - INTERNAL <= ours | REFUSED.keys()
+    for name in REFUSED:
+        with pytest.raises(UnsupportedOptionError, match=f"'{name}' is not supported: "):
+            from_kwargs({name: 1})
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,19 @@ def test_get_new_version_leaves_out_what_scoring_can_not_have(service: AsyncSGLa
     assert set(scorer(make_input("tokens")).keys()) == {"tokens", "masks", "log_probs"}
 
 
+def test_an_input_key_is_kept_while_it_means_the_same(service: AsyncSGLang) -> None:
+    policy = SGLangWrapper(service, input_mode="text", input_key=("my", "question"))
+    for kwargs, key in [
+        ({"pad_output": True}, ("my", "question")),
+        ({"input_mode": "text", "generate": True}, ("my", "question")),
+        ({"generate": False}, ("text", "full")),
+        ({"input_mode": "tokens"}, ("tokens", "prompt")),
+        ({"input_mode": "tokens", "input_key": "ids"}, "ids"),
+        ({"input_key": None}, ("text", "prompt")),
+    ]:
+        assert policy.get_new_version(**kwargs).input_key == key
+
+
 @pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")  # TorchRL's
 @pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
 @pytest.mark.parametrize("mode", [*MODES, "rollout"])

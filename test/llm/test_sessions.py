@@ -182,6 +182,18 @@ def test_sessions_that_are_not_used_time_out(service: AsyncSGLang) -> None:
     session.close()
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"), [({}, 3600.0), ({"timeout_s": 9.0}, 9.0), ({"timeout_s": None}, None)]
+)
+def test_a_killed_client_leaves_no_session_for_good(
+    proxied: AsyncSGLang, proxy: FaultProxy, given: dict[str, Any], sent: float | None
+) -> None:
+    """Unless it asks for one that never ends."""
+    proxied.open_session(**given).close()
+    (body,) = [body for path, body in proxy.seen if path == "/open_session"]
+    assert json.loads(body).get("timeout") == sent
+
+
 def test_closing_that_fails_can_be_tried_again(
     proxied: AsyncSGLang, proxy: FaultProxy, service: AsyncSGLang
 ) -> None:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -515,6 +516,30 @@ def chats(*messages: list[dict[str, str]]) -> TensorDict:
     )
 
 
+def test_rows_that_differ_in_their_tool_calls_alone(service: AsyncSGLang, tokenizer: Any) -> None:
+    """Contents may be the same; each goes on with the call that it had."""
+    policy = SGLangWrapper(
+        service,
+        tokenizer=tokenizer,
+        chat_template=CHATML.replace(
+            "CONTENT", "message['content'] + message['tool_calls'] | default('') | string"
+        ),
+        generate_kwargs={"regex": "done", "max_new_tokens": 12},
+        inplace=False,
+    )
+    rows = []
+    for tool in ("add", "sub"):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": tool}}]}
+        rows.append([{"role": "user", "content": "1 2"}, call, {"role": "tool", "content": "ok"}])
+    answers = [{"role": "assistant", "content": "done"}, {"role": "user", "content": "thanks"}]
+    first = policy(chats(*rows))
+    again = policy(chats(*[[*row, *answers] for row in rows]))
+    for before, after, tool in zip(first.unbind(0), again.unbind(0), ("add", "sub"), strict=True):
+        tokens = before["tokens"].full.tolist()
+        assert after["tokens"].prompt.tolist()[: len(tokens)] == tokens
+        assert tool in tokenizer.decode(tokens)
+
+
 TWINS = {"regex": "----------------", "max_new_tokens": 30}  # in tokens of one or two hyphens
 
 
@@ -699,6 +724,24 @@ def test_several_samples_of_a_turn(service: AsyncSGLang, tokenizer: Any, pad_out
         assert split(row)[0][: len(tokens)] == tokens
 
 
+def test_text_that_goes_on_in_a_tensordict_of_its_own(service: AsyncSGLang, tokenizer: Any) -> None:
+    """Nothing is carried: the policy knows the text, whatever is put behind it."""
+    policy = SGLangWrapper(
+        service, input_mode="text", tokenizer=tokenizer, generate_kwargs=SAMPLING, inplace=False
+    )
+    texts = ["the quick", "hello"]
+    before: list[list[int]] = [[], []]
+    for _ in range(3):
+        rows = [TensorDict(text=Text(prompt=text, batch_size=()), batch_size=()) for text in texts]
+        out = policy(lazy_stack(rows))
+        for row, text, tokens in zip(out.unbind(0), texts, before, strict=True):
+            prompt = row["tokens"].prompt.tolist()
+            assert prompt[: len(tokens)] == tokens
+            assert row["text"].prompt == text == tokenizer.decode(prompt)
+        before = [row["tokens"].full.tolist() for row in out.unbind(0)]
+        texts = [row["text"].full + " and so on" for row in out.unbind(0)]
+
+
 def test_a_policy_that_was_copied(service: AsyncSGLang, tokenizer: Any) -> None:
     """A copy has no memory, and does with what the TensorDict carries."""
     policy = SGLangWrapper(service, tokenizer=tokenizer, generate_kwargs=SAMPLING)
@@ -753,6 +796,40 @@ def test_the_memory_is_bounded() -> None:
     assert memory.find(tuple(range(50))) is not None
 
 
+def test_the_longest_text_that_a_text_begins_with() -> None:
+    memory = TurnMemory(max_tokens=40)
+    texts = ["a", "ab", "abcd", "abce", "abd", "b", "ba", "abcdx"]
+    for index, text in enumerate(texts):
+        memory.keep(a_turn(index, 7, chat=text))
+    memory.keep(a_turn(99, chat="abd"))
+    memory.keep(a_turn(98, chat=("a", "tuple")))
+
+    def begins(text: str) -> Any:
+        turn = memory.begins(text)
+        return None if turn is None else turn.chat
+
+    made = ["".join(letters) for n in range(7) for letters in itertools.product("abcdx", repeat=n)]
+    for text in made:
+        expected = [known for known in texts if text.startswith(known)]
+        assert begins(text) == (max(expected, key=len) if expected else None), text
+    assert list(memory.begins("abdd").ids) == [99]  # type: ignore[union-attr]  # the latest
+    for index in range(100, 120):  # pushes all others out
+        memory.keep(a_turn(index, 7, chat=str(index)))
+    assert [begins(text) for text in made] == [None] * len(made)
+    assert memory._texts == sorted(str(index) for index in range(100, 120))
+
+
+def test_finding_a_beginning_is_quick_among_many() -> None:
+    """Also among texts that are made to be looked at one by one."""
+    memory = TurnMemory()
+    for index in range(3000):
+        memory.keep(a_turn(index, chat="x" * (5000 - index) + "a"))
+    start = time.monotonic()
+    assert memory.begins("x" * 5001) is None
+    assert memory.begins("x" * 4000 + "abc").chat == "x" * 4000 + "a"  # type: ignore[union-attr]
+    assert time.monotonic() - start < 0.5
+
+
 def test_an_older_turn_that_goes_leaves_the_latest_of_its_chat() -> None:
     memory = TurnMemory(max_tokens=4)
     for ids in ([1, 1], [2, 2], [3, 3]):
@@ -801,8 +878,19 @@ def test_what_identifies_a_chat() -> None:
         [one[0], {"role": "assistant", "content": "c"}],
         [{"role": "system", "content": "a"}, one[1]],
         [one[0], {"role": "assistant", "content": [{"type": "text", "text": "b"}]}],
+        [one[0], {"role": "assistant", "content": "[{'type': 'text', 'text': 'b'}]"}],
+        [one[0], one[1] | {"tool_calls": [{"function": {"name": "f"}}]}],
+        [one[0], one[1] | {"tool_calls": [{"function": {"name": "g"}}]}],
+        [one[0] | {"tool_responses": ["4"]}, one[1]],
+        [one[0] | {"tool_responses": ["5"]}, one[1]],
     ]
-    assert len({chat_key(chat) for chat in [one, *others]}) == 5
+    assert len({chat_key(chat) for chat in [one, *others]}) == 1 + len(others)
+
+
+def test_what_says_nothing_of_a_chat() -> None:
+    chat = [{"role": "user", "content": "a"}]
+    for extra in ({"is_complete": True}, {"tool_calls": None}, {"tool_responses": []}):
+        assert chat_key([chat[0] | extra]) == chat_key(chat)
 
 
 def test_tokens_of_a_prompt_that_goes_on() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tensordict import LazyStackedTensorDict, TensorDictBase
 
-from ..batching import Batcher, BatchingConfig
+from ..batching import Batcher, BatchingConfig, Done
 from ..completions import Completion
-from ..errors import EmptyBatchError, InputError, ServiceError
+from ..errors import EmptyBatchError, InputError
 from ..outputs import Arrived, build_outputs, make_rows, stacked
+from ..parsing import Group
 from ..prompts import Prompts, read_prompts
 from ..protocol import GenerateRequest
 from ..service import AsyncSGLang
@@ -24,23 +25,36 @@ from .setup import Settled, flattened, text_options, unflattened
 from .texts import content
 from .turns import Turn, chat_key
 
-Groups = list[list[Completion] | ServiceError]
+Groups = list[Group]
 
 
 def shared_batcher(
     service: AsyncSGLang, config: BatchingConfig | None
 ) -> Batcher[Sequence[GenerateRequest], Groups] | None:
     """What lets several threads share requests; None where they are not to."""
-    if config is None:
-        return None
+    return None if config is None else Batcher(SharedCalls(service), config)
 
-    def run(items: list[Sequence[GenerateRequest]]) -> list[Groups | BaseException]:
-        batch = [request for item in items for request in item]
-        positions = [index for item in items for index in range(len(item))]
-        groups = iter(service.complete_each(batch, positions))
-        return [[next(groups) for _ in item] for item in items]
 
-    return Batcher(run, config)
+@dataclass(frozen=True)
+class SharedCalls:
+    """Sends the requests of several calls together. A class, since closures can't be pickled."""
+
+    service: AsyncSGLang
+
+    def __call__(self, calls: list[Sequence[GenerateRequest]], done: Done[Groups]) -> None:
+        """Runs the calls; each is done as soon as its own requests are."""
+        rows = [(call, row) for call, requests in enumerate(calls) for row in range(len(requests))]
+        arrived: list[dict[int, Group]] = [{} for _ in calls]
+
+        def arrive(index: int, group: Group) -> None:
+            call, row = rows[index]
+            groups = arrived[call]
+            groups[row] = group
+            if len(groups) == len(calls[call]):
+                done(call, [groups[row] for row in range(len(groups))])
+
+        batch = [calls[call][row] for call, row in rows]
+        self.service.complete_each(batch, [row for _, row in rows], arrive)
 
 
 class Call:

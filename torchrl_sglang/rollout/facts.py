@@ -16,7 +16,8 @@ from ..outputs import Rows
 from ..protocol import Returns
 from .texts import non_tensor
 
-NO_VERSION = -1  # at prompt tokens and padding, and where a server's version is no number
+# At prompt tokens and padding, in rows without a token, and where a server's version is no number.
+NO_VERSION = -1
 
 # Extras that take a value, and those that are on or off.
 EXTRAS = (
@@ -36,8 +37,9 @@ class InfoSpec:
     """What is written into one nested TensorDict.
 
     ``finish_reason``: ``"stop"``, ``"length"`` or ``"abort"`` per row; ``weight_version``: version
-    that sampled the row's last token, int64 ``[]``; ``policy_version``: version that sampled each
-    token, int64 ``[P + R]``, -1 at prompt tokens; and what ``extras`` names.
+    that sampled the row's last token, int64 ``[]``, -1 where it has none; ``policy_version``:
+    version that sampled each token, int64 ``[P + R]``, -1 at prompt tokens; and what ``extras``
+    names.
 
     Attributes:
         key: where the TensorDict goes; None leaves it out.
@@ -87,7 +89,7 @@ def build_info(rows: Rows, completions: Sequence[Completion], spec: InfoSpec) ->
     sampled = [token_versions(c) for c in completions]
     columns: dict[str, Sequence[Any]] = {
         "finish_reason": [reasons[c.finish_type] for c in completions],
-        "weight_version": [torch.tensor(version_number(c.weight_version)) for c in completions],
+        "weight_version": [torch.tensor(_last_version(c)) for c in completions],
         "policy_version": rows.layout(unknown, sampled, NO_VERSION)[2],
     }
     for name in spec.extras:
@@ -96,6 +98,12 @@ def build_info(rows: Rows, completions: Sequence[Completion], spec: InfoSpec) ->
         TensorDict({name: values[i] for name, values in columns.items()}, batch_size=[])
         for i in range(len(completions))
     ]
+
+
+def _last_version(completion: Completion) -> int:
+    """A row that was aborted in the server's queue may name a version that sampled nothing."""
+    version = completion.weight_version if completion.output_ids else None
+    return NO_VERSION if version is None else version_number(version)
 
 
 def version_number(version: str) -> int:

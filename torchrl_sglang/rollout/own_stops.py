@@ -1,8 +1,9 @@
-"""Stop strings for servers without a tokenizer: matched here, on what the sampled ids say.
+"""Stop strings that servers don't see: matched here, on what the sampled ids say.
 
-Such a server can't stop at a string. So it generates on, to EOS or to ``max_new_tokens``, and what
-comes after the stop is dropped: the tokens are exactly those of a server that stops, and the time
-for those behind them is lost.
+A server without a tokenizer can't stop at a string, and none does at one that began before the
+request was aborted. So it generates on, to EOS or to ``max_new_tokens``, and what comes after the
+stop is dropped: the tokens are exactly those of a server that stops, and the time for those behind
+them is lost.
 """
 
 from __future__ import annotations
@@ -52,20 +53,23 @@ def cut_at_stops(
     if not stops:
         return completions
     each = [own for r, own in zip(requests, stops, strict=True) for _ in range(r.num_samples)]
-    return [_cut(c, own, tokenizer) for c, own in zip(completions, each, strict=True)]
+    return [cut_after(0, c, own, tokenizer) for c, own in zip(completions, each, strict=True)]
 
 
-def _cut(completion: Completion, stops: tuple[str, ...], tokenizer: Any) -> Completion:
+def cut_after(
+    done: int, completion: Completion, stops: tuple[str, ...], tokenizer: Any
+) -> Completion:
+    """A completion up to the token that completes a stop string; the first ``done`` do not."""
     ids = completion.output_ids
 
     def found(length: int) -> str | None:
         text = decode([ids[:length]], tokenizer)[0]
         return next((stop for stop in stops if stop in text), None)
 
-    if not stops or found(len(ids)) is None:
+    if not stops or found(len(ids)) is None or (done and found(done) is not None):
         return completion
     # What is in the text of some tokens is in that of more of them.
-    lengths = range(1, len(ids) + 1)
+    lengths = range(done + 1, len(ids) + 1)
     length = lengths[bisect.bisect_left(lengths, True, key=lambda n: found(n) is not None)]
     return replace(
         shortened(completion, length), finish_type="stop", matched_stop=found(length), text=None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..prompts import read_prompts
 from ..protocol import GenerateRequest
 from ..service import AsyncSGLang
 from .call import Call, exact, updated_options
+from .own_stops import cut_after, take_over
 from .padding import rows_of
 from .row_requests import ROW_OPTIONS, make_requests, read_row_options
 from .setup import Settled, flattened, unflattened
@@ -59,26 +61,38 @@ class ResumedCall(Call):
             else [self._prompts.chats[i] for i in going_on],
         )
         changed = [self._rest_of(rows[i], i) for i in going_on]
-        return make_requests(prompts, changed, self._options, service)
+        requests = make_requests(prompts, changed, self._options, service)
+        self._seams = {i: r.sampling.stop for i, r in zip(going_on, requests, strict=True)}
+        requests = [self._moved_on(r, i) for i, r in zip(going_on, requests, strict=True)]
+        return take_over(requests, service.info.features, self._settled.tokenizer)[0]
 
     def _rest_of(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """A row's options for what is still to be sampled."""
         own = {name: value for name, value in row.items() if name not in ROW_OPTIONS}
         others = {name: value for name, value in row.items() if name in ROW_OPTIONS}
-        try:
+        # A session keeps the tokens behind a stop, and routed experts are not cut.
+        kept_whole = row.get("session") is not None or self._options.returns.routed_experts
+        matched = self._settled.tokenizer is not None and not kept_whole
+        done = len(self._parts[index].output_ids)
+        with _noted(index):
             sampling = self._options.sampling.updated(own, ROW_OPTIONS)
-            left = sampling_left(sampling, len(self._parts[index].output_ids))
-        except ConfigError as error:
-            error.add_note(f"row {index} of the batch")
-            raise
+            left = sampling_left(sampling, done, stops_matched=matched)
         return {**others, **vars(left)}
+
+    def _moved_on(self, request: GenerateRequest, index: int) -> GenerateRequest:
+        """The request with its processor from where it was."""
+        if request.processor is None:
+            return request
+        with _noted(index):
+            processor = request.processor.after(len(self._parts[index].output_ids))
+        return replace(request, processor=processor)
 
     def outputs(self, completions: Sequence[Completion]) -> TensorDictBase:
         """All rows; those that were aborted with both of their parts."""
         fresh = iter(exact(self.requests, completions, self._options))
         whole = [
-            joined(part, next(fresh)) if part.finish_type == "abort" else part
-            for part in self._parts
+            self._whole(part, next(fresh), index) if part.finish_type == "abort" else part
+            for index, part in enumerate(self._parts)
         ]
         out = self._rows(self._prompts, whole)
         for row, before, part in zip(
@@ -88,6 +102,13 @@ class ResumedCall(Call):
                 self._keep_text(row, before)
                 self._keep_info(row, before)
         return unflattened(out, self._batch_size, None)
+
+    def _whole(self, part: Completion, rest: Completion, index: int) -> Completion:
+        """Both parts as one, up to a stop string that began in the first."""
+        done, tokenizer = len(part.output_ids), self._settled.tokenizer
+        if tokenizer is None:
+            return joined(part, rest)
+        return cut_after(done, joined(part, rest), self._seams[index], tokenizer)
 
     def _keep_text(self, row: TensorDictBase, before: TensorDictBase) -> None:
         """What ended a completion, and is left out of its text, can't be read from its tokens."""
@@ -105,6 +126,16 @@ class ResumedCall(Call):
         new = row.get(key)
         for name in set(old.keys()) - set(new.keys()):
             new.set(name, old.get(name))
+
+
+@contextlib.contextmanager
+def _noted(index: int) -> Iterator[None]:
+    """Says in an error which row it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        error.add_note(f"row {index} of the batch")
+        raise
 
 
 def _read_parts(flat: TensorDictBase, settled: Settled) -> tuple[list[list[int]], list[Completion]]:
@@ -166,7 +197,7 @@ def _with_extras(
             read[name] = [[first], *others] if first else None
         elif name == "routed_experts":
             experts = row.get((*base, name))
-            read[name] = base64.b64encode(experts.numpy().tobytes()).decode()
+            read[name] = base64.b64encode(experts.cpu().numpy().tobytes()).decode()
         elif name == "input_log_probs":
             known = prompt is not None and not bool(prompt[1:].isnan().any())
             read[name] = prompt.tolist() if known and prompt is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ LogProbsMode = Literal["reported", "corrected", "strict"]
 LOG_PROBS_MODES: tuple[LogProbsMode, ...] = ("reported", "corrected", "strict")
 
 # What a row can say beside sampling options.
-ROW_OPTIONS = ("action_mask", "lora", "session", *MEDIA_OPTIONS)
+ROW_OPTIONS = ("action_mask", "lora", "session", "rid", *MEDIA_OPTIONS)
 
 # Sampling options that change the text alone.
 TEXT_OPTIONS = ("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
@@ -115,10 +116,12 @@ def make_requests(
         "partial_allowed": options.partial_allowed,
     }
     requests = []
+    named = given_rids(row_options)
     for index, ids in enumerate(prompts.ids):
         fields = plain
         if row_options and row_options[index]:
             fields = _row_fields(row_options[index], options, features, media[index], index)
+            fields |= named[index]
         elif media[index] is not None:
             fields = {**plain, "media": media[index]}
         if fields.get("session") is not None:
@@ -127,6 +130,25 @@ def make_requests(
             request = GenerateRequest(input_ids=tuple(ids), **fields)
         requests.append(request)
     return requests
+
+
+def given_rids(row_options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The request ids that rows name, as fields of their requests; nothing where they name none.
+
+    Raises:
+        InputError: no id, or one that another row's begins with: SGLang would abort both.
+    """
+    rids = [row.get("rid") for row in row_options]
+    for index, rid in enumerate(rids):
+        if rid is not None and (not isinstance(rid, str) or not rid):
+            raise InputError(f"row {index} has rid={rid!r:.100}: must be a string, not empty.")
+    for one, other in itertools.pairwise(sorted(rid for rid in rids if rid is not None)):
+        if other.startswith(one):
+            raise InputError(
+                f"two rows have rid={one!r} and rid={other!r}: none may begin with another's, or "
+                "SGLang aborts both."
+            )
+    return [{} if rid is None else {"rid": rid} for rid in rids]
 
 
 def _in_session(

@@ -13,13 +13,14 @@ from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tok
 
 from ..completions import Completion
 from ..errors import ConfigError, ResponseError, UnsupportedOptionError
-from ..outputs import OutputSpec
+from ..outputs import Columns, OutputSpec, stacked
 from ..prompts import Prompts, PromptSpec
 from ..protocol import GenerateRequest
 from ..sampling import SamplingParams
 from .media import MEDIA_OPTIONS, media_of
 from .padding import masks_or_none, rows_of
-from .row_requests import ROW_OPTIONS, CallOptions
+from .row_requests import ROW_OPTIONS, CallOptions, given_rids
+from .texts import non_tensor
 
 # What changes the distribution, and can't be had when a prompt is scored.
 NOT_SCORED = (
@@ -81,9 +82,10 @@ def scoring_requests(
                 "own"
             )
             raise
+    named = given_rids(row_options) or [{} for _ in prompts.ids]
     return [
-        GenerateRequest(input_ids=tuple(ids), scoring=True, lora=adapter)
-        for ids, adapter in zip(prompts.ids, adapters, strict=True)
+        GenerateRequest(input_ids=tuple(ids), scoring=True, lora=adapter, **rid)
+        for ids, adapter, rid in zip(prompts.ids, adapters, named, strict=True)
     ]
 
 
@@ -183,35 +185,40 @@ def build_scores(
     """
     if len(prompts.ids) != len(completions):
         raise ResponseError(f"{len(completions)} scores for {len(prompts.ids)} texts.")
-    out = TensorDict(batch_size=[len(completions)]).to_lazystack(0)
-    padded = MetaData(spec.padded)
+    columns: Columns = {}
     ids = [torch.tensor(row) for row in prompts.ids]
     if spec.tokens_key is not None:
-        tokens = Tokens._from_tensordict(out.empty())
-        tokens.full = places.lay(ids, spec.pad_id, spec.padded)
-        tokens.padded = padded
-        out.set(spec.tokens_key, tokens)
+        columns[spec.tokens_key] = _laid(Tokens, {"full": (ids, spec.pad_id)}, places, spec)
     if spec.masks_key is not None:
-        masks = Masks._from_tensordict(out.empty())
         attended = [torch.ones_like(row, dtype=torch.bool) for row in ids]
-        masks.all_attention_mask = places.lay(attended, False, spec.padded)
+        masks: Values = {"all_attention_mask": (attended, False)}
         if places.assistant_masks is not None:
-            written = places.assistant_masks
-            masks.all_assistant_mask = places.lay(written, False, spec.padded)
-        masks.padded = padded
-        out.set(spec.masks_key, masks)
+            masks["all_assistant_mask"] = (places.assistant_masks, False)
+        columns[spec.masks_key] = _laid(Masks, masks, places, spec)
     if spec.log_probs_key is not None:
-        log_probs = LogProbs._from_tensordict(out.empty())
         scores = [torch.tensor(c.input_log_probs, dtype=torch.float32) for c in completions]
-        log_probs.full = places.lay(scores, 0.0, spec.padded)
-        log_probs.padded = padded
-        out.set(spec.log_probs_key, log_probs)
+        columns[spec.log_probs_key] = _laid(LogProbs, {"full": (scores, 0.0)}, places, spec)
     if spec.text_key is not None and prompts.texts is not None:
-        text = Text._from_tensordict(out.empty())
-        text.full = prompts.texts
-        out.set(spec.text_key, text)
+        columns[spec.text_key] = [_whole(Text, non_tensor(text)) for text in prompts.texts]
     if spec.history_key is not None and prompts.history is not None:
-        history = ChatHistory._from_tensordict(out.empty())
-        history.full = prompts.history
-        out.set(spec.history_key, history)
-    return out
+        columns[spec.history_key] = [_whole(ChatHistory, row) for row in prompts.history.unbind(0)]
+    return stacked(columns, len(completions))
+
+
+Values = dict[str, tuple[list[torch.Tensor], Any]]  # by name: a value per row, and what pads it
+
+
+def _laid(kind: Any, values: Values, places: Places, spec: OutputSpec) -> list[Any]:
+    """One object per row, of values that are laid out alike."""
+    padded = MetaData(spec.padded, batch_size=[])
+    rows = [places.lay(given, fill, spec.padded) for given, fill in values.values()]
+    return [
+        kind._from_tensordict(
+            TensorDict({**dict(zip(values, row, strict=True)), "padded": padded}, batch_size=[])
+        )
+        for row in zip(*rows, strict=True)
+    ]
+
+
+def _whole(kind: Any, full: Any) -> Any:
+    return kind._from_tensordict(TensorDict({"full": full}, batch_size=[]))

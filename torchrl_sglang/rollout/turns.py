@@ -6,6 +6,7 @@ kept, and of the next prompt only what follows them is tokenised.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import threading
 from array import array
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 MAX_TOKENS_KEPT = 1 << 24  # 64 MiB of 4-byte ids
+MAX_SEARCHES = 64  # each takes off a text what it shares with none; more are made up, not chats
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
@@ -53,6 +55,7 @@ class TurnMemory:
     def __init__(self, max_tokens: int = MAX_TOKENS_KEPT) -> None:
         self._turns: OrderedDict[bytes, Turn] = OrderedDict()  # by a hash of the tokens
         self._latest: dict[Hashable, bytes] = {}  # by chat
+        self._texts: list[str] = []  # the chats that are texts, sorted
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self._lock = threading.Lock()
@@ -64,6 +67,8 @@ class TurnMemory:
         with self._lock:
             self._forget(name)
             self._turns[name] = replace(turn, ids=ids)
+            if isinstance(turn.chat, str) and turn.chat not in self._latest:
+                bisect.insort(self._texts, turn.chat)
             self._latest[turn.chat] = name
             self._num_tokens += len(ids)
             while self._num_tokens > self._max_tokens and len(self._turns) > 1:
@@ -73,6 +78,22 @@ class TurnMemory:
         """The latest turn that ended this chat, if it is remembered."""
         with self._lock:
             return self._used(self._latest.get(chat, b""))
+
+    def begins(self, text: str) -> Turn | None:
+        """The latest turn of the longest text that ``text`` begins with, if one is remembered.
+
+        Takes a few searches of a sorted list, however many turns there are.
+        """
+        with self._lock:
+            for _ in range(MAX_SEARCHES):
+                at = bisect.bisect_right(self._texts, text)
+                if at == 0:
+                    break
+                nearest = self._texts[at - 1]  # what a text begins with comes before it
+                if text.startswith(nearest):
+                    return self._used(self._latest[nearest])
+                text = text[: _num_shared(text, nearest)]
+            return None
 
     def with_tokens(self, ids: Sequence[int]) -> Turn | None:
         """The turn of these tokens, if it is remembered."""
@@ -95,6 +116,8 @@ class TurnMemory:
             self._num_tokens -= len(turn.ids)
             if self._latest.get(turn.chat) == name:
                 del self._latest[turn.chat]
+                if isinstance(turn.chat, str):
+                    del self._texts[bisect.bisect_left(self._texts, turn.chat)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"max_tokens": self._max_tokens}
@@ -103,17 +126,34 @@ class TurnMemory:
         self.__init__(**state)  # type: ignore[misc]  # a copy starts empty
 
 
+def _num_shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    lengths = range(1, min(len(one), len(other)) + 1)
+    return bisect.bisect_left(lengths, True, key=lambda n: one[:n] != other[:n])
+
+
 def _name(ids: array[int]) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def chat_key(messages: Sequence[Message]) -> Hashable:
-    """What identifies a chat: roles and contents."""
-    return tuple((m["role"], _hashable(m["content"])) for m in messages)
+    """What identifies a chat: everything of its messages that a template can write.
+
+    Tool calls and their answers are fields of their own, beside contents that may be the same.
+    """
+    return tuple(
+        frozenset(
+            (name, _hashable(value))
+            for name, value in message.items()
+            # An environment and a policy need not agree on what is complete; no template writes it.
+            if name != "is_complete" and value not in (None, [])
+        )
+        for message in messages
+    )
 
 
-def _hashable(content: Any) -> str:
-    return content if isinstance(content, str) else repr(content)
+def _hashable(value: Any) -> Hashable:
+    return value if isinstance(value, str) else (repr(value),)  # a text may look like a list
 
 
 def last_answer(messages: Sequence[Message]) -> int | None:
