@@ -14,6 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # test/llm/servers.py. A test of what an old server lacks says so itself, with `needs` from there.
 TESTS=(
     test_abort.py
+    test_adapter_push.py
+    test_admission.py
     test_async.py
     test_batching.py
     test_collector.py
@@ -22,12 +24,14 @@ TESTS=(
     test_log_probs_mode.py
     test_lora.py
     test_media.py
+    test_methods.py
     test_num_samples.py
     test_openai.py
     test_parity.py
     test_policy.py
     test_processors.py
     test_properties.py
+    test_push_options.py
     test_replicas.py
     test_retry.py
     test_row_options.py

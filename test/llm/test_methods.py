@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -288,6 +289,18 @@ def test_a_translation_of_names(service: AsyncSGLang, model: Any, connected: Con
     scheme.send(given)
     assert scheme.last_push is not None
     assert scheme.last_push.verified_by == "checksum"
+    assert error_of(service, model) < 0.02
+
+
+def test_the_documents_snippet(service: AsyncSGLang, model: Any, connected: Connect) -> None:
+    text = (Path(__file__).parents[2] / "docs/source/weight_sync.rst").read_text()
+    section = text.partition("What can be pushed\n---")[2].partition("\n---")[0]
+    [block] = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", section)
+    names: dict[str, Any] = {"WeightSyncConfig": WeightSyncConfig}
+    exec(re.sub(r"(?m)^   ", "", block), names)
+    perturb(model, seed=84)
+    scheme = connected(config=names["config"])
+    scheme.send({f"actor.{name}": tensor for name, tensor in model.state_dict().items()})
     assert error_of(service, model) < 0.02
 
 
