@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict
 from tiny_model import make_model, make_tokenizer
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torchrl.modules.llm import TransformersWrapper
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
@@ -304,6 +310,32 @@ def test_a_served_model_whose_config_is_not_here(tmp_path: Path) -> None:
 
 
 # Small things
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A trainer's process group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_real_ddp(tied_model: Any, tied_served: Expected, alone: None) -> None:
+    wrapped = DistributedDataParallel(tied_model)
+    for source in (wrapped, wrapped.state_dict(), COMPILE(wrapped)):
+        found = matched(named_weights(source), tied_served)
+        assert found.keys() == tied_served.parameters.keys()
+        assert all(torch.equal(found[n], tied_model.get_parameter(n)) for n in found)
+
+
+def test_fsdp1_is_refused(tied_model: Any, alone: None) -> None:
+    """Reading its state dict on rank 0 alone would wait for the others for ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no GPU, that FSDP2 is newer, ...
+        wrapped = FullyShardedDataParallel(copy.deepcopy(tied_model), device_id="cpu")
+    for source in (wrapped, nn.ModuleDict({"module": wrapped})):
+        with pytest.raises(WeightsError, match="assist_push"):
+            named_weights(source)
 
 
 def test_unwrap_stops_at_the_model(tied_model: Any) -> None:

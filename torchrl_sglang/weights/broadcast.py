@@ -205,10 +205,12 @@ class Broadcast(Carrier):
                     beside=sending.done,
                     bucket_beside=lambda: sending.at,
                 )
+            # Over NCCL servers acknowledge what they have queued: all of it may still be on its way.
+            total = sum(bucket.num_bytes for bucket in buckets)
             watch(
                 {sending.done: None},
                 step="transfer",
-                timeout_s=self._timeouts.step_s,
+                timeout_s=self._timeouts.bucket_s(total),
                 bucket=len(buckets) - 1,
                 beside=sending.done,
                 bucket_beside=lambda: sending.at,

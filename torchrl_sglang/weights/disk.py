@@ -108,8 +108,9 @@ class DiskCarrier(Carrier):
                 except Exception as error:
                     shutil.rmtree(checkpoint, ignore_errors=True)
                     raise push_error(error, "transfer", None) from error
-            asked = self._engines.ask(partial(_load, checkpoint, self._timeouts.transfer_s))
-            watch(asked, step="transfer", timeout_s=self._timeouts.transfer_s)
+            timeout_s = self._timeouts.bucket_s(sum(bucket.num_bytes for bucket in buckets))
+            asked = self._engines.ask(partial(_load, checkpoint, timeout_s))
+            watch(asked, step="transfer", timeout_s=timeout_s)
         if self._last is not None:
             shutil.rmtree(self._last, ignore_errors=True)
         self._last = checkpoint

@@ -45,6 +45,7 @@ def named_weights(source: Any, translate: Translation | None = None) -> dict[str
             "register it once with scheme.register_model(model)."
         )
     if isinstance(source, nn.Module):
+        refuse_fsdp1(source)
         inner = unwrap(source)
         found: Mapping[str, Any] = (
             base_weights(inner) if has_adapters(inner) else inner.state_dict()
@@ -67,6 +68,17 @@ def named_weights(source: Any, translate: Translation | None = None) -> dict[str
             f"these entries are no tensors: {shown(wrong)}." if wrong else "the weights are empty."
         )
     return untied(tensors)
+
+
+def refuse_fsdp1(module: nn.Module) -> None:
+    """Raises `WeightsError` for a module that only all ranks together can read."""
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        raise WeightsError(
+            "this module is wrapped by FullyShardedDataParallel (FSDP1), whose ranks have to "
+            "gather it together: shard with fully_shard (FSDP2) and call assist_push, or let all ranks "
+            "call get_model_state_dict of torch.distributed.checkpoint with full_state_dict=True, "
+            "and push what rank 0 gets."
+        )
 
 
 def _translated(entries: Mapping[str, Any], translate: Translation) -> dict[str, Any]:

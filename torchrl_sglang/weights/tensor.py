@@ -107,13 +107,17 @@ class TensorCarrier(Carrier):
                     calls = self._announcements(buffer, bucket)
                 except Exception as error:
                     raise push_error(error, "transfer", None, index) from error
-                self._wait(asked, index - 1)
+                if index:
+                    self._wait(asked, buckets, index - 1)
                 asked = self._engines.ask(partial(_call_own, calls))
-            self._wait(asked, len(buckets) - 1)
+            self._wait(asked, buckets, len(buckets) - 1)
         return "flattened"
 
-    def _wait(self, asked: Mapping[Future[Any], str | None], index: int) -> None:
-        watch(asked, step="transfer", timeout_s=self._timeouts.transfer_s, bucket=index)
+    def _wait(
+        self, asked: Mapping[Future[Any], str | None], buckets: Sequence[Bucket], index: int
+    ) -> None:
+        timeout_s = self._timeouts.bucket_s(buckets[index].num_bytes)
+        watch(asked, step="transfer", timeout_s=timeout_s, bucket=index)
 
     def _announcements(self, buffer: torch.Tensor, bucket: Bucket) -> dict[str, Call]:
         """For each server what tells it of a bucket, with a message for each of its ranks."""
@@ -122,7 +126,7 @@ class TensorCarrier(Carrier):
         return {
             info.url: _announcement(
                 [shared_message(buffer, bucket.tensors) for _ in range(info.tp_size)],
-                self._timeouts.transfer_s,
+                self._timeouts.bucket_s(bucket.num_bytes),
             )
             for info in self._engines.infos
         }
