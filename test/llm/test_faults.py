@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -289,9 +290,7 @@ def two(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
 
 def schedulers(pid: int) -> list[Any]:
     """The processes of a server that hold its weights."""
-    found = [each for each in descendants(pid) if "scheduler" in " ".join(each.cmdline())]
-    assert found
-    return found
+    return [each for each in descendants(pid) if "scheduler" in " ".join(each.cmdline())]
 
 
 def killing(
@@ -302,10 +301,11 @@ def killing(
     assert fleet is not None
     name = f"server-{fleet.server_urls.index(url)}"
     [child] = [child for child in fleet._children if child.name == name]
-    flattened = Payloads._flattened
+    flattened, killed = Payloads._flattened, threading.Event()
 
     def kill_at(payloads: Payloads, index: int, bucket: Any) -> Any:
-        if index == 1:
+        if index == 1 and not killed.is_set():
+            killed.set()
             if whole:
                 os.killpg(child.pid, signal.SIGKILL)
             else:
