@@ -205,7 +205,7 @@ class Broadcast(Carrier):
                     beside=sending.done,
                     bucket_beside=lambda: sending.at,
                 )
-            # Over NCCL servers acknowledge what they have queued: all of it may still be on its way.
+            # Over NCCL servers acknowledge what they have queued: all of it may be on its way.
             total = sum(bucket.num_bytes for bucket in buckets)
             watch(
                 {sending.done: None},

@@ -75,9 +75,9 @@ def refuse_fsdp1(module: nn.Module) -> None:
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
         raise WeightsError(
             "this module is wrapped by FullyShardedDataParallel (FSDP1), whose ranks have to "
-            "gather it together: shard with fully_shard (FSDP2) and call assist_push, or let all ranks "
-            "call get_model_state_dict of torch.distributed.checkpoint with full_state_dict=True, "
-            "and push what rank 0 gets."
+            "gather it together: shard with fully_shard (FSDP2) and call assist_push, or let all "
+            "ranks call get_model_state_dict of torch.distributed.checkpoint, with "
+            "full_state_dict=True, and push what rank 0 gets."
         )
 
 
