@@ -121,20 +121,15 @@ class SGLangWrapper(LLMWrapperBase):
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "service", "__class__")}
         super().__init__()
-        self.service = (
-            service
-            if not isinstance(service, str)
-            else (find_service(service) or AsyncSGLang.connect(service))
-        )
+        if isinstance(service, str):
+            service = find_service(service) or AsyncSGLang.connect(service)
+        self.service = service
         self._given = given
         self._settled = settled = settle(given, self.service.info.tokenizer_path)
         self._device = torch.device(device) if device is not None else None
         # What TorchRL reads of its own wrappers.
-        self.input_mode, self.generate, self.inplace = (
-            settled.mode,
-            settled.generate,
-            settled.inplace,
-        )
+        self.input_mode, self.generate = settled.mode, settled.generate
+        self.inplace = settled.inplace
         self.num_samples, self.layout, self.pad_output = settled.num_samples, layout, pad_output
         self.tokenizer, self.prefer_tokens = settled.tokenizer, prefer_tokens
         self.return_log_probs = settled.call.return_log_probs

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from worker_infos import worker_info
 
 from torchrl_sglang.hosts import is_here
-from torchrl_sglang.info import Capabilities, WorkerInfo, _gpus
+from torchrl_sglang.info import WorkerInfo, _gpus
 from torchrl_sglang.weights.choose import choose_method
 
 HERE, ELSEWHERE = "http://127.0.0.1:1", "http://203.0.113.7:1"  # the second: documentation's own
@@ -17,23 +18,7 @@ CPU, GPU_0, GPU_1 = (torch.device(name) for name in ("cpu", "cuda:0", "cuda:1"))
 
 
 def worker(url: str = HERE, **changes: Any) -> WorkerInfo:
-    usual: dict[str, Any] = {
-        "url": url,
-        "model_path": "m",
-        "tokenizer_path": "m",
-        "model_type": "qwen2",
-        "dtype": "bfloat16",
-        "device": "cuda",
-        "tp_size": 1,
-        "dp_size": 1,
-        "pp_size": 1,
-        "dp_attention": False,
-        "max_prompt_tokens": None,
-        "weight_version": "default",
-        "version": "0.5.23",
-        "capabilities": Capabilities(update_session=True, checksum=True, cache_salt=True),
-    }
-    return WorkerInfo(**{**usual, **changes})
+    return worker_info(url=url, **changes)
 
 
 CPU_SERVER = worker(device="cpu")

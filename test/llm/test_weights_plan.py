@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worker_infos import worker_info
 
 from torchrl_sglang.errors import TopologyError, WeightsError
-from torchrl_sglang.info import Capabilities, WorkerInfo
+from torchrl_sglang.info import WorkerInfo
 from torchrl_sglang.weights.expected import Expected
 from torchrl_sglang.weights.payload import Payloads
 from torchrl_sglang.weights.plan import (
@@ -246,13 +247,16 @@ def expected(dtype: torch.dtype) -> Expected:
 def test_dtype_of_the_servers_weights(
     served: str, model_type: str | None, checkpoint: torch.dtype, result: torch.dtype
 ) -> None:
-    assert served_dtype(worker(dtype=served, model_type=model_type), expected(checkpoint)) is result
+    assert (
+        served_dtype(worker_info(dtype=served, model_type=model_type), expected(checkpoint))
+        is result
+    )
 
 
 @pytest.mark.parametrize("served", ["int77", "nn", "Tensor"])
 def test_a_dtype_that_torch_lacks(served: str) -> None:
     with pytest.raises(WeightsError, match=f"serves dtype '{served}'"):
-        served_dtype(worker(dtype=served), expected(torch.bfloat16))
+        served_dtype(worker_info(dtype=served), expected(torch.bfloat16))
 
 
 # Ranks
@@ -285,36 +289,16 @@ def test_what_a_server_loads_together_is_not_divided(bucket_bytes: int) -> None:
         assert [len(b) for b in names(buckets)] == [4, 1, 1, 1]
 
 
-def worker(**changes: Any) -> WorkerInfo:
-    usual: dict[str, Any] = {
-        "url": "http://s",
-        "model_path": "/m",
-        "tokenizer_path": "/m",
-        "model_type": "qwen2",
-        "dtype": "auto",
-        "device": "cuda",
-        "tp_size": 1,
-        "dp_size": 1,
-        "pp_size": 1,
-        "dp_attention": False,
-        "max_prompt_tokens": None,
-        "weight_version": "default",
-        "version": "0.5.23",
-        "capabilities": Capabilities(update_session=True, checksum=True, cache_salt=True),
-    }
-    return WorkerInfo(**{**usual, **changes})
-
-
 @pytest.mark.parametrize(
     ("workers", "world_size", "offsets"),
     [
         ([], 1, ()),
-        ([worker()], 2, (1,)),
-        ([worker(tp_size=4)], 5, (1,)),
-        ([worker(), worker(), worker()], 4, (1, 2, 3)),
-        ([worker(tp_size=2), worker(tp_size=1), worker(tp_size=4)], 8, (1, 3, 4)),
+        ([worker_info()], 2, (1,)),
+        ([worker_info(tp_size=4)], 5, (1,)),
+        ([worker_info(), worker_info(), worker_info()], 4, (1, 2, 3)),
+        ([worker_info(tp_size=2), worker_info(tp_size=1), worker_info(tp_size=4)], 8, (1, 3, 4)),
         # DP attention divides the TP ranks and adds none.
-        ([worker(tp_size=4, dp_size=4, dp_attention=True), worker()], 6, (1, 5)),
+        ([worker_info(tp_size=4, dp_size=4, dp_attention=True), worker_info()], 6, (1, 5)),
     ],
 )
 def test_ranks(workers: list[WorkerInfo], world_size: int, offsets: tuple[int, ...]) -> None:
@@ -323,7 +307,7 @@ def test_ranks(workers: list[WorkerInfo], world_size: int, offsets: tuple[int, .
 
 @given(st.lists(st.integers(1, 8), max_size=6))
 def test_every_rank_belongs_to_one_server_and_rank_0_to_the_trainer(tp_sizes: list[int]) -> None:
-    ranks = plan_ranks([worker(tp_size=size) for size in tp_sizes])
+    ranks = plan_ranks([worker_info(tp_size=size) for size in tp_sizes])
     taken = [0]
     for offset, size in zip(ranks.offsets, tp_sizes, strict=True):
         taken += range(offset, offset + size)
@@ -340,4 +324,4 @@ def test_every_rank_belongs_to_one_server_and_rank_0_to_the_trainer(tp_sizes: li
 )
 def test_layouts_that_a_broadcast_can_not_reach(layout: dict[str, int], says: str) -> None:
     with pytest.raises(TopologyError, match=says):
-        plan_ranks([worker(), worker(url="http://bad", **layout)])
+        plan_ranks([worker_info(), worker_info(url="http://bad", **layout)])

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from worker_infos import worker_info
 
 from torchrl_sglang.errors import VerificationError
-from torchrl_sglang.info import Capabilities, WorkerInfo
+from torchrl_sglang.info import WorkerInfo
 from torchrl_sglang.weights import proof as proof_module
 from torchrl_sglang.weights.checksum import RankChecksums, expected_checksums
 from torchrl_sglang.weights.proof import ChecksumProof
@@ -43,23 +44,7 @@ def make(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def worker(**changes: Any) -> WorkerInfo:
-    usual: dict[str, Any] = {
-        "url": "http://a",
-        "model_path": "m",
-        "tokenizer_path": "m",
-        "model_type": "qwen2",
-        "dtype": "auto",
-        "device": "cpu",
-        "tp_size": 1,
-        "dp_size": 1,
-        "pp_size": 1,
-        "dp_attention": False,
-        "max_prompt_tokens": None,
-        "weight_version": "0",
-        "version": "0",
-        "capabilities": Capabilities(update_session=True, checksum=True, cache_salt=True),
-    }
-    return WorkerInfo(**{**usual, **changes})
+    return worker_info(**{"url": "http://a", "device": "cpu", **changes})
 
 
 def answer(

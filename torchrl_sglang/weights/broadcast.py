@@ -65,6 +65,7 @@ class Broadcast(Carrier):
         layout: Layout,
         timeouts: Timeouts,
     ) -> None:
+        super().__init__()
         self._engines = engines
         self._address = address
         self._port = port

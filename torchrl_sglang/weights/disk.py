@@ -29,6 +29,7 @@ from .watch import push_error, watch
 
 ROUTE = "/update_weights_from_disk"
 INDEX = "model.safetensors.index.json"
+PROCESS = uuid.uuid4().hex[:8]  # several trainers may write into one folder
 COPIED = (".json", ".jinja", ".model", ".txt", ".py")  # config, tokenizer, chat template, code
 
 
@@ -36,6 +37,7 @@ class DiskCarrier(Carrier):
     """Writes a checkpoint once, and has every server load it.
 
     The last checkpoint stays: a server that loaded one names its folder as the path of its model.
+    That of a push that failed, which a server may still be reading, stays until the next push.
 
     Args:
         engines: the servers.
@@ -67,21 +69,12 @@ class DiskCarrier(Carrier):
                 f"method='disk' writes where servers can read, but {', '.join(far)} is on another "
                 "machine: name a folder that both see, WeightSyncConfig(folder=...)."
             )
+        super().__init__()
         self._engines = engines
         self._folder = _made(folder, owner)
+        self._prefix = f"weights-{PROCESS}-{id(owner):x}-"
         self._model_path = model_path
         self._timeouts = timeouts
-        self._connected = False
-        self._last: Path | None = None
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether weights can be carried now."""
-        return self._connected
-
-    def connect(self) -> None:
-        """Nothing is needed in advance."""
-        self._connected = True
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Looks for room; see `Carrier.prepare`."""
@@ -100,7 +93,7 @@ class DiskCarrier(Carrier):
         timer: StepTimer,
     ) -> str:
         """Writes, then has all servers load; see `Carrier.transfer`."""
-        checkpoint = self._folder / f"weights-{uuid.uuid4().hex[:12]}"
+        checkpoint = self._folder / f"{self._prefix}{uuid.uuid4().hex[:8]}"
         with timer.measure("transfer"):
             with timer.measure("write"):
                 try:
@@ -111,16 +104,10 @@ class DiskCarrier(Carrier):
             timeout_s = self._timeouts.bucket_s(sum(bucket.num_bytes for bucket in buckets))
             asked = self._engines.ask(partial(_load, checkpoint, timeout_s))
             watch(asked, step="transfer", timeout_s=timeout_s)
-        if self._last is not None:
-            shutil.rmtree(self._last, ignore_errors=True)
-        self._last = checkpoint
+        for other in self._folder.glob(f"{self._prefix}*"):
+            if other != checkpoint:  # the last, and those of pushes that failed
+                shutil.rmtree(other, ignore_errors=True)
         return "files"
-
-    def drop(self) -> None:
-        """Lets go at once; harmless twice. A server may still be reading: files stay."""
-        self._connected = False
-
-    close = drop
 
 
 def _load(checkpoint: Path, timeout_s: float, worker: ControlClient) -> None:

@@ -56,22 +56,13 @@ class TensorCarrier(Carrier):
                 "method='tensor' shares a GPU's memory with servers on GPUs, and the weight sync "
                 f"was given device={str(device)!r}: name a GPU, or push with method='disk'."
             )
+        super().__init__()
         self._engines = engines
         self._device = device
         self._timeouts = timeouts
-        self._connected = False
         self._buffers: list[torch.Tensor] = []
         # Also at the interpreter's exit, which frees no shared memory by itself.
         weakref.finalize(self, self._buffers.clear)
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether weights can be carried now."""
-        return self._connected
-
-    def connect(self) -> None:
-        """Nothing is needed in advance."""
-        self._connected = True
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Makes the buffers, which later pushes use again; see `Carrier.prepare`."""
@@ -138,10 +129,8 @@ class TensorCarrier(Carrier):
 
     def drop(self) -> None:
         """Lets go at once; harmless twice."""
-        self._connected = False
+        super().drop()
         self._buffers.clear()
-
-    close = drop
 
 
 def _call_own(calls: Mapping[str, Call], worker: ControlClient) -> None:

@@ -1,0 +1,28 @@
+"""What a server says of itself, for tests of pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchrl_sglang.info import Capabilities, WorkerInfo
+
+
+def worker_info(**changes: Any) -> WorkerInfo:
+    """An unquantised Qwen2 on one GPU, with these changes."""
+    usual: dict[str, Any] = {
+        "url": "http://s",
+        "model_path": "/m",
+        "tokenizer_path": "/m",
+        "model_type": "qwen2",
+        "dtype": "auto",
+        "device": "cuda",
+        "tp_size": 1,
+        "dp_size": 1,
+        "pp_size": 1,
+        "dp_attention": False,
+        "max_prompt_tokens": None,
+        "weight_version": "default",
+        "version": "0.5.23",
+        "capabilities": Capabilities(update_session=True, checksum=True, cache_salt=True),
+    }
+    return WorkerInfo(**{**usual, **changes})
