@@ -21,7 +21,6 @@ from .errors import (
     ConnectError,
     RequestTimeoutError,
     ServerFailedError,
-    ServiceBrokenError,
     ServiceError,
     UnsupportedOptionError,
 )
@@ -108,8 +107,10 @@ class DataClient:
         Args:
             batch: the requests.
             arrive: called with a request's index and what it came to, as soon as that is known.
-                What is not answered within ``Timeouts.request_s`` comes to `RequestTimeoutError`,
-                what a failed push ended to `ServiceBrokenError`.
+                What is not answered in time comes to `RequestTimeoutError`.
+
+        Raises:
+            ServiceBrokenError: a push failed meanwhile, which concerns all of them.
         """
         waiting = set(range(len(batch.requests)))
 
@@ -124,9 +125,9 @@ class DataClient:
 
         try:
             await self._run_all(batch, one)
-        except (RequestTimeoutError, ServiceBrokenError) as error:
+        except RequestTimeoutError as error:
             for index in sorted(waiting):
-                late = type(error)(str(error))
+                late = RequestTimeoutError(str(error))
                 late.add_note(f"prompt {batch.position(index)} of the batch")
                 arrive(index, late)
 

@@ -150,4 +150,4 @@ def test_one_that_never_ran_carries_it_too() -> None:
         never_ran(request("policy@3", adapter_version=version, partial_allowed=True))[0]
         for version in (next(counts), None)
     ]
-    assert [completion.weight_version for completion in made] == ["3", "default"]
+    assert [completion.weight_version for completion in made] == ["3", None]
