@@ -58,7 +58,7 @@ class WorkerInfo:
 
     Attributes:
         url: where its control routes are.
-        model_path: folder or hub name of the model, as the server knows it.
+        model_path: folder or hub name of the model, as the server was started with it.
         tokenizer_path: the same for its tokenizer.
         model_type: the ``model_type`` of the model's config; None if the server does not say.
         dtype: ``"auto"`` (the config's own) or a torch name such as ``"bfloat16"``.
@@ -132,7 +132,8 @@ def parse_worker_info(
     try:
         return WorkerInfo(
             url=url,
-            model_path=model_info["model_path"],
+            # As it was started. After a load from files the other one names their folder.
+            model_path=server_info.get("model_path") or model_info["model_path"],
             tokenizer_path=model_info.get("tokenizer_path") or model_info["model_path"],
             model_type=model_info.get("model_type"),
             dtype=server_info.get("dtype", "auto"),

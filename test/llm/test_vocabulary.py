@@ -121,8 +121,9 @@ def connect_through(
 ) -> int | None:
     """What a service learns from a server that does not say, with a model in ``path``."""
     if path is not None:
-        info = json.dumps({"model_path": str(path)})
-        proxy.faults["/model_info"] = Fault(status=200, body=info)
+        proxy.faults["/server_info"] = Fault(
+            garble=lambda said: json.dumps({**json.loads(said), "model_path": str(path)}).encode()
+        )
     keys = service._keys
     with AsyncSGLang.connect(
         proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts

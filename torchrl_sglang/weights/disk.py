@@ -36,7 +36,7 @@ COPIED = (".json", ".jinja", ".model", ".txt", ".py")  # config, tokenizer, chat
 class DiskCarrier(Carrier):
     """Writes a checkpoint once, and has every server load it.
 
-    The last checkpoint stays: a server that loaded one names its folder as the path of its model.
+    The last checkpoint stays: a server that loaded one names its folder in its ``/model_info``.
     That of a push that failed, which a server may still be reading, stays until the next push.
 
     Args:

@@ -16,7 +16,7 @@ from .checksum import parse_checksums
 from .engines import Engines
 from .expected import model_config
 from .lazy import parts_of
-from .merged import MergedWeights
+from .merged import has_adapters
 from .probe import parse_probe, probe_body, probe_ids, reference_log_probs
 from .proof import ChecksumProof, family_of, why_unprovable
 from .shards import FAMILIES, without_siblings
@@ -132,9 +132,9 @@ class Verifier:
                 raise VerificationError(f"{self._unproved} {NO_MODEL}".strip())
             inner: Any = unwrap(self._model)
             weights = self._weights
-            if isinstance(weights, MergedWeights):  # what is merged here, the model adds by itself
+            if has_adapters(inner):  # what is merged as it is sent, the model adds by itself
                 weights = dict(inner.named_parameters())
-            ids = probe_ids(inner.get_input_embeddings().weight.shape[0])
+            ids = probe_ids(_num_embeddings(inner, weights))
             scores = reference_log_probs(self._model, weights, self._dtype, ids)
             self._probe = (ids, scores)
         return self._probe
@@ -184,6 +184,13 @@ class Verifier:
         ids, ours = self._reference()
         compare_probe(engines, ids, ours, salt, self._config.probe_tolerance)
         self.verified_by = "probe"
+
+
+def _num_embeddings(model: Any, weights: Mapping[str, torch.Tensor]) -> int:
+    """Ids that a model knows."""
+    if hasattr(model, "get_input_embeddings"):
+        return int(model.get_input_embeddings().weight.shape[0])
+    return next(tensor for tensor in weights.values() if tensor.ndim == 2).shape[0]
 
 
 def compare_probe(
