@@ -219,7 +219,7 @@ def test_a_part_repairs_nothing(
     proxied: AsyncSGLang, proxy: FaultProxy, model: Any, connected: Connect
 ) -> None:
     scheme = connected(proxied, config=config("auto"))
-    proxy.faults["/end_weight_update"] = Fault(status=500, times=1)
+    proxy.faults["/update_weight_version"] = Fault(status=500, times=1)
     with pytest.raises(PushError):
         scheme.send(model)
     with pytest.raises(WeightsError, match="whole model"):
