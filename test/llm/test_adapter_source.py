@@ -15,8 +15,8 @@ from lora_files import random_adapter
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft_models import base_model, peft_model, train
 from tensordict import TensorDict
-from test_weights_plan import worker
 from torch import nn
+from worker_infos import worker_info as worker
 
 from torchrl_sglang.errors import (
     ConfigError,
