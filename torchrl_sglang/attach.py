@@ -139,7 +139,20 @@ def _read_info(worker: ControlClient) -> WorkerInfo:
         raise
     except ServiceError as error:
         raise ConnectError(f"can't attach to {worker.url}: {error}") from error
-    return replace(info, vocab_size=_vocab_size(worker, info.model_path))
+    path = _model_folder(info.model_path, info.tokenizer_path)
+    return replace(info, model_path=path, vocab_size=_vocab_size(worker, path))
+
+
+def _model_folder(model_path: str, tokenizer_path: str) -> str:
+    """The folder that a server was started with.
+
+    Up to 0.5.17 or so SGLang names the files that it has loaded last instead, which may be gone by
+    now; the tokenizer's folder is usually the model's own.
+    """
+    gone = Path(model_path).is_absolute() and not Path(model_path).exists()
+    return (
+        tokenizer_path if gone and (Path(tokenizer_path) / "config.json").is_file() else model_path
+    )
 
 
 def _vocab_size(worker: ControlClient, model_path: str) -> int | None:

@@ -522,7 +522,7 @@ def test_what_is_written(
         admin_api_key=service._keys.admin_api_key,
     )
     if again.workers[0].get("/model_info")["model_path"] != again.model_path:
-        assert again.model_path == service.model_path  # SGLang 0.5.15 forgets it
+        assert again.model_path == service.model_path  # older releases forget it
     assert again.get_model_metadata() == sent
     again.shutdown()
 
