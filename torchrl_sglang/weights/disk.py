@@ -130,7 +130,7 @@ def _made(folder: str | None, owner: object) -> Path:
     path = Path(folder).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / f".{uuid.uuid4().hex}").touch()
+        tempfile.TemporaryFile(dir=path).close()  # leaves nothing behind
     except OSError as error:
         raise WeightsError(
             f"WeightSyncConfig(folder={folder!r}) can't be written to: {error}."
