@@ -86,7 +86,7 @@ def make_peaked_model(path: Path, *, seed: int = 0) -> Path:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
             parameter.mul_(0.5)
-    model.model.norm.weight.mul_(3.0)
+    model.model.norm.weight.mul_(2.5)
     model.save_pretrained(path)
     return path
 

@@ -990,7 +990,7 @@ def test_each_part_keeps_its_version(service: AsyncSGLang, model: Any, connected
     parts = [split(row) for row in rows_of(out)]
     old_model = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     old_version = parts[0][3][0]
-    scheme.send(perturb(model, seed=21))
+    scheme.send(perturb(model, seed=21, scale=0.2))
     new_version = scheme.last_push.version  # type: ignore[union-attr]
     assert new_version != old_version
     wanted = [len(parts[0][1]) + 30, 5, len(parts[2][1]) + 30, 5]
