@@ -2,6 +2,7 @@
 
     python benchmarks/bench_weight_sync.py --size 7.6b --out benchmarks/results/sync_7.6b_h200.json
     python benchmarks/bench_weight_sync.py --size 7.6b --sweep --plot sweep.png --out sweep.json
+    python benchmarks/bench_weight_sync.py --gpus 0 0 --methods tensor disk  # trainer beside server
 
 Starts a server on the second GPU (``--gpus``), or on the CPU with ``--device cpu --size tiny``, or
 pushes to running ones with ``--url``. A push counts from the first announcement to the last
@@ -75,7 +76,7 @@ class Bench:
             **more,
         }
         self.rows.append(row)
-        shown = {k: more[k] for k in ("bucket_gib", "layout", "verify") if k in more}
+        shown = {k: more[k] for k in ("method", "bucket_gib", "layout", "verify") if k in more}
         print(
             f"{name:8} {shown} push {median * 1e3:.1f} ms ({min(pushes) * 1e3:.1f} to "
             f"{max(pushes) * 1e3:.1f}), {row['gb_per_s']:.1f} GB/s, pause to continue "
@@ -108,6 +109,7 @@ class Bench:
             "ours",
             [r.push_s for r in results],
             bucket_gib=config.bucket_bytes / GIB,
+            method=results[0].method,
             layout=results[0].layout,
             num_buckets=results[0].num_buckets,
             verify=config.verify,
@@ -200,11 +202,15 @@ class Bench:
                     )
                     self.ours(config, max(3, args.pushes // 2))
             return
-        plain = WeightSyncConfig(verify="never", bucket_bytes=int(args.bucket_gib * GIB))
-        self.ours(plain, args.pushes)
-        if args.verify:
-            self.ours(replace(plain, verify="always", probe_tolerance=args.tolerance), args.pushes)
-        if len(self.service.workers) == 1:
+        for method in args.methods:
+            plain = WeightSyncConfig(
+                method=method, verify="never", bucket_bytes=int(args.bucket_gib * GIB)
+            )
+            self.ours(plain, args.pushes)
+            if args.verify:
+                proved = replace(plain, verify="always", probe_tolerance=args.tolerance)
+                self.ours(proved, args.pushes)
+        if len(self.service.workers) == 1 and "broadcast" in args.methods:
             self.bare(args.pushes)
         if args.torchrl:
             self.torchrl(args.torchrl)
@@ -259,6 +265,12 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[0, 1], help="trainer, then server")
     parser.add_argument("--url", help="a running server or router instead")
     parser.add_argument("--model", type=Path, help="where the model is, or is to be made")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["broadcast"],
+        choices=["auto", "broadcast", "tensor", "disk"],
+    )
     parser.add_argument("--pushes", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--bucket-gib", type=float, default=WeightSyncConfig().bucket_bytes / GIB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from .vocabulary import QUESTION, configured_vocab_size, told_vocab_size
 
 # How long a server is waited for that answers only once it is not paused any more.
 PAUSED_S = 3.0
+ROUTER_POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,16 @@ class Cluster:
             infos=tuple(self.infos[index] for index in kept),
         )
 
+    def having(self, worker: ControlClient, info: WorkerInfo) -> Self:
+        """The cluster after a server has joined, or has come back to its place."""
+        servers = {w.url: (w, i) for w, i in zip(self.workers, self.infos, strict=True)}
+        servers[worker.url] = (worker, info)
+        return replace(
+            self,
+            workers=tuple(worker for worker, _ in servers.values()),
+            infos=tuple(info for _, info in servers.values()),
+        )
+
 
 def attach(url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
     """Asks a URL what it is, and every server behind it what it can do.
@@ -71,10 +83,10 @@ def attach(url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
         ConnectError: nothing answers there, or nothing that this library knows.
         NoWorkersError: a router without a worker.
     """
-    front = _client(url, keys, timeouts)
+    front = client_of(url, keys, timeouts)
     urls = _worker_urls(front)
     behind_router = urls is not None
-    workers = tuple(_client(u, keys, timeouts) for u in (urls or [front.url]))
+    workers = tuple(client_of(u, keys, timeouts) for u in (urls or [front.url]))
     infos = read_infos(workers)
     models = {info.model_path for info in infos}
     if len(models) > 1:
@@ -84,11 +96,39 @@ def attach(url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
 
 def remove_from_router(cluster: Cluster, url: str, keys: Credentials, timeouts: Timeouts) -> None:
     """Asks the router to forget a server; one that it does not know is no error."""
-    router = _client(cluster.url, keys, timeouts)
+    router = client_of(cluster.url, keys, timeouts)
     with contextlib.suppress(ServiceError):  # its own checks find out, only later
         for worker in router.get("/workers").get("workers", ()):
             if str(worker.get("url", "")).rstrip("/") == url:
                 router.delete(f"/workers/{worker['id']}")
+
+
+def add_to_router(cluster: Cluster, url: str, keys: Credentials, timeouts: Timeouts) -> None:
+    """Has the router send to a server again, as to one that it never saw fail.
+
+    Raises:
+        ConnectError: the router does not take it.
+    """
+    router = client_of(cluster.url, keys, timeouts)
+    deadline = time.monotonic() + timeouts.control_s
+    remove_from_router(cluster, url, keys, timeouts)
+    while url in _routed(router):
+        _wait_for_router(url, deadline)
+    router.post("/workers", {"url": url, "api_key": keys.api_key})
+    while not _routed(router).get(url):
+        _wait_for_router(url, deadline)
+
+
+def _routed(router: ControlClient) -> dict[str, bool]:
+    """The workers of a router, and whether it sends to them."""
+    workers = router.get("/workers").get("workers", ())
+    return {str(w.get("url", "")).rstrip("/"): bool(w.get("is_healthy")) for w in workers}
+
+
+def _wait_for_router(url: str, deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise ConnectError(f"the router did not take {url} back.")
+    time.sleep(ROUTER_POLL_S)
 
 
 def read_infos(workers: Sequence[ControlClient]) -> tuple[WorkerInfo, ...]:
@@ -97,7 +137,8 @@ def read_infos(workers: Sequence[ControlClient]) -> tuple[WorkerInfo, ...]:
         return tuple(pool.map(_read_info, workers))
 
 
-def _client(url: str, keys: Credentials, timeouts: Timeouts) -> ControlClient:
+def client_of(url: str, keys: Credentials, timeouts: Timeouts) -> ControlClient:
+    """A control client for a server or router."""
     return ControlClient(
         url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
     )

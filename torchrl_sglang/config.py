@@ -15,7 +15,7 @@ SyncMethod = Literal["auto", "broadcast", "tensor", "disk", "lora"]
 SyncLayout = Literal["auto", "flattened", "tensors"]
 Verify = Literal["always", "first", "never"]
 VerifyMethod = Literal["auto", "checksum", "probe"]
-LostEngines = Literal["raise", "drop"]
+LostEngines = Literal["raise", "drop", "restart"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -213,9 +213,11 @@ class WeightSyncConfig:
             of any client, salted or not, meets a prefix computed by old weights. None: do so,
             except in ``"in_place"``, where servers refuse it and salts alone keep versions apart.
         check_finite: refuse weights with NaN or infinity, before anything is paused.
-        lost_engines: what to do when one of several servers dies in a push: ``"raise"``, or
-            ``"drop"`` it, report it, and push to the others. Over NCCL its death can leave those
-            stuck in a broadcast, which then need a restart as well.
+        lost_engines: what to do when a server dies in a push: ``"raise"`` at once; ``"drop"`` it,
+            report it, and push to the others; or ``"restart"`` it, which only the process that
+            started it can, and push to all. Over NCCL its death leaves the others stuck in a
+            broadcast. Those, if this process started them, are started again in the last two, and
+            in the next push after the first.
         non_blocking: a push returns once it has its own copy of the weights; the next one, and
             ``wait()``, wait for its end.
         adapter_name: with ``"lora"``, what requests call the adapter.
@@ -261,6 +263,11 @@ class WeightSyncConfig:
             isinstance(name, str) and bool(name) and "@" not in name,
             "adapter_name must be a string that is not empty and has no '@', which sets a version "
             f"apart, got {name!r}.",
+        )
+        _require(
+            not (lora and self.lost_engines == "restart"),
+            "lost_engines='restart' with method='lora': such a push has no base weights to give to "
+            "a server that was started again; use 'raise' or 'drop'.",
         )
         _require(
             not (lora and self.non_blocking),

@@ -30,6 +30,7 @@ class LocalResources:
         others_push: whether the servers were seen with a higher version since.
         cluster: what answers at the URL, once it was asked.
         sessions: that this process opened.
+        unrouted: URLs of servers that were started again and are not behind the router yet.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class LocalResources:
         self.others_push = False
         self.cluster: Cluster | None = None
         self.sessions = Sessions()
+        self.unrouted: set[str] = set()
         self._versions = AdapterVersions()
         self._adapters: tuple[tuple[ControlClient, ...], Adapters] | None = None
         self._pid = os.getpid()

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .adapters import Adapters
-from .attach import Cluster, Credentials, remove_from_router
+from .attach import Cluster, Credentials
 from .background import BackgroundLoop
 from .completions import INITIAL_VERSION
 from .config import RouterConfig, ServerConfig, Timeouts
@@ -20,12 +20,13 @@ from .gate import ServiceState, UpdateGate
 from .launch.fleet import FleetPlan
 from .live import remember
 from .local import LocalResources
+from .members import Members
 from .sessions import Sessions
 from .shared_generation import SharedGeneration
 from .start import choose_device, plan_fleet, start_fleet
 
 
-class AsyncSGLang(SharedGeneration):
+class AsyncSGLang(Members, SharedGeneration):
     """The rollout service: generates with SGLang servers that it started or attached to.
 
     Managed (`from_pretrained`): starts servers and one router, and ends them in `shutdown`, on
@@ -245,23 +246,6 @@ class AsyncSGLang(SharedGeneration):
     def router_version(self) -> str | None:
         """Version of the router that was started here; an external one does not tell."""
         return self._local.fleet.router_version if self._local.fleet else None
-
-    def refresh(self) -> None:
-        """Asks the router and the servers again: after workers joined or left."""
-        with self._local.lock:
-            self._local.cluster = None
-
-    def drop_worker(self, url: str) -> None:
-        """Goes on without one of several servers: the router no longer sends to it either.
-
-        Args:
-            url: the server's URL, as in ``workers``.
-        """
-        with self._local.lock:
-            cluster = self.cluster
-            self._local.cluster = cluster.without(url)
-        if cluster.behind_router:
-            remove_from_router(cluster, url, self._keys, self.timeouts)
 
     # Life
 

@@ -10,19 +10,22 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fault_proxy import Fault, FaultProxy
-from servers import CPU_SERVER_ARGS, needs, perturb, worst_error
+from servers import CPU_SERVER_ARGS, hf_log_probs, needs, perturb, worst_error
 from test_launch import descendants
+from test_replicas import done_by
 
 from torchrl_sglang import (
     AsyncSGLang,
+    PushResult,
     ServiceState,
     SGLangWeightSyncScheme,
     Timeouts,
@@ -34,6 +37,7 @@ from torchrl_sglang.errors import (
     PushTimeoutError,
     ServiceBrokenError,
 )
+from torchrl_sglang.weights import revive as revive_module
 from torchrl_sglang.weights.payload import Payloads
 from torchrl_sglang.weights.threads import in_thread
 
@@ -276,13 +280,15 @@ def test_a_trainer_that_is_killed_in_mid_push(
     )
 
 
-@pytest.fixture
-def two(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
+@pytest.fixture(scope="module")
+def two(model_path: Path) -> Iterator[AsyncSGLang]:
+    """Two servers that tests may kill, since they can be started again."""
     with AsyncSGLang.from_pretrained(
         str(model_path),
         num_replicas=2,
         device="cpu",
-        timeouts=timeouts,
+        timeouts=Timeouts(start_s=240.0, request_s=120.0),
+        enable_metrics=True,
         **CPU_SERVER_ARGS,
     ) as service:
         yield service
@@ -293,27 +299,43 @@ def schedulers(pid: int) -> list[Any]:
     return [each for each in descendants(pid) if "scheduler" in " ".join(each.cmdline())]
 
 
+def kill_all(pid: int) -> None:
+    os.killpg(pid, signal.SIGKILL)
+
+
+def kill_scheduler(pid: int) -> None:
+    """It has the weights; what listens to HTTP lives for some seconds more."""
+    schedulers(pid)[0].kill()
+
+
+def stop_scheduler(pid: int) -> None:
+    """It does not answer any more, and never ends, as one that is stuck in a broadcast."""
+    schedulers(pid)[0].suspend()
+
+
 def killing(
-    service: AsyncSGLang, url: str, monkeypatch: pytest.MonkeyPatch, *, whole: bool
-) -> None:
-    """From now on a push kills a server, or a part of it, between its first bucket and second."""
+    service: AsyncSGLang, url: str, monkeypatch: pytest.MonkeyPatch, kill: Callable[[int], None]
+) -> list[float]:
+    """From now on a push kills a server, or a part of it, between its first bucket and second.
+
+    Returns:
+        When it did, once it has.
+    """
     fleet = service._local.fleet
     assert fleet is not None
     name = f"server-{fleet.server_urls.index(url)}"
     [child] = [child for child in fleet._children if child.name == name]
-    flattened, killed = Payloads._flattened, threading.Event()
+    flattened, killed_at = Payloads._flattened, list[float]()
 
     def kill_at(payloads: Payloads, index: int, bucket: Any) -> Any:
-        if index == 1 and not killed.is_set():
-            killed.set()
-            if whole:
-                os.killpg(child.pid, signal.SIGKILL)
-            else:
-                schedulers(child.pid)[0].kill()
+        if index == 1 and not killed_at:
+            killed_at.append(time.monotonic())
+            kill(child.pid)
             time.sleep(0.2)
         return flattened(payloads, index, bucket)
 
     monkeypatch.setattr(Payloads, "_flattened", kill_at)
+    return killed_at
 
 
 def test_servers_that_are_killed_in_mid_push(
@@ -331,7 +353,7 @@ def test_servers_that_are_killed_in_mid_push(
     scheme.send(model)
     assert scheme.last_push.lost_engines == ()  # type: ignore[union-attr]
     with monkeypatch.context() as patched:
-        killing(two, second, patched, whole=False)
+        killing(two, second, patched, kill_scheduler)
         begun = time.monotonic()
         scheme.send(perturb(model, seed=44))
         took = time.monotonic() - begun
@@ -346,7 +368,7 @@ def test_servers_that_are_killed_in_mid_push(
         f"{took:.2f} s | synced | of the other alone: the same one |"
     )
     with monkeypatch.context() as patched:
-        killing(two, first, patched, whole=True)
+        killing(two, first, patched, kill_all)
         begun = time.monotonic()
         with pytest.raises(EngineLostError) as caught:
             scheme.send(perturb(model, seed=46))
@@ -357,7 +379,155 @@ def test_servers_that_are_killed_in_mid_push(
     begun = time.monotonic()
     scheme.close()
     assert time.monotonic() - begun < 10.0
+    begun = time.monotonic()
+    again = connected_to(two)
+    repaired(two, again, perturb(model, seed=47))
+    needed = time.monotonic() - begun
+    assert [worker.url for worker in two.workers] == [first]
     report.append(
         f"| transfer | 1 | the server is killed | EngineLostError | {took:.2f} s | broken | "
-        "none, while it is gone |"
+        f"of a new scheme: starts it again and succeeds, {needed:.1f} s |"
     )
+    # The one that was left out comes back too, but not before a push with its own weights.
+    two.restart_workers([second])
+    assert {worker.url for worker in two.workers} == {first, second}
+    assert two.state is ServiceState.BROKEN
+    with pytest.raises(ServiceBrokenError, match="started again, with the model's own files"):
+        two.generate(PROMPTS, SAMPLING)
+    repaired(two, again, perturb(model, seed=48))
+    check_each(two, model)
+    logs = sorted(path.name for path in two.log_dir.iterdir())  # type: ignore[union-attr]
+    assert logs == [
+        "router.log",
+        "server-0.2.log",
+        "server-0.log",
+        "server-1.2.log",
+        "server-1.log",
+    ]
+    again.close()
+
+
+def connected_to(service: AsyncSGLang, **config: Any) -> SGLangWeightSyncScheme:
+    """A scheme of its own, which starts again at once what the one before left broken."""
+    scheme = SGLangWeightSyncScheme(
+        service, config=WeightSyncConfig(bucket_bytes=1 << 18, **config)
+    )
+    scheme.connect_once()
+    return scheme
+
+
+def check_each(service: AsyncSGLang, model: Any) -> None:
+    """Every server runs the model's weights, and the router sends to every one."""
+    for worker in service.workers:
+        body = {"input_ids": PROMPTS, "sampling_params": SAMPLING, "return_logprob": True}
+        for prompt, answer in zip(PROMPTS, worker.post("/generate", body), strict=True):
+            theirs = [row[0] for row in answer["meta_info"]["output_token_logprobs"]]
+            ours = hf_log_probs(model, prompt, answer["output_ids"])
+            assert theirs == pytest.approx(ours, abs=0.02)
+    _, counts = done_by(service, lambda: service.generate([[i, 9] for i in range(16)], SAMPLING))
+    assert all(count["requests"] for count in counts), counts
+
+
+LONG = {"max_new_tokens": 600, "ignore_eos": True}
+LONG_PROMPTS = [[index, index + 1] for index in range(10, 26)]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kill", [kill_all, kill_scheduler, stop_scheduler])
+def test_a_push_starts_a_server_again(
+    two: AsyncSGLang,
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    report: list[str],
+    kill: Callable[[int], None],
+) -> None:
+    """What was asked before waits, and is answered under the new weights."""
+    monkeypatch.setattr(revive_module, "ALIVE_S", 3.0)
+    urls = [worker.url for worker in two.workers]
+    scheme = connected_to(two, lost_engines="restart")
+    scheme.send(model)
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as pool:
+        killing(two, urls[1], patched, kill)
+        asked = pool.submit(two.generate, LONG_PROMPTS, LONG)
+        time.sleep(0.5)
+        scheme.send(perturb(model, seed=49))
+        completions = asked.result(120.0)
+    push = check_restarted(two, scheme, model, urls)
+    assert {completion.weight_version for completion in completions} == {str(push.version)}
+    assert [len(completion.output_ids) for completion in completions] == [600] * 16
+    scheme.close()
+    report.append(
+        f"| transfer | 1 | {spoken(kill)} of one of two, lost_engines='restart' | | | synced | of "
+        f"both: the same one, {push.total_s:.1f} s |"
+    )
+
+
+@pytest.mark.faults
+def test_the_next_push_starts_a_server_again_that_is_stuck(
+    two: AsyncSGLang, model: Any, monkeypatch: pytest.MonkeyPatch, report: list[str]
+) -> None:
+    monkeypatch.setattr(revive_module, "ALIVE_S", 3.0)
+    urls = [worker.url for worker in two.workers]
+    scheme = connected_to(two)
+    scheme.send(model)
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as pool:
+        stopped_at = killing(two, urls[1], patched, stop_scheduler)
+        asked = pool.submit(two.generate, LONG_PROMPTS, LONG)
+        time.sleep(0.5)
+        with pytest.raises(PushError, match="gave no answer afterwards either") as caught:
+            scheme.send(perturb(model, seed=50))
+        took = time.monotonic() - stopped_at[0]
+        assert isinstance(asked.exception(10.0), ServiceBrokenError)
+    assert took < WITHIN_S
+    assert (caught.value.engine, caught.value.step) == (urls[1], "transfer")
+    scheme.send(model)
+    push = check_restarted(two, scheme, model, urls)
+    scheme.close()
+    report.append(
+        f"| transfer | 1 | {spoken(stop_scheduler)} of one of two | "
+        f"{type(caught.value).__name__} | {took:.2f} s | broken | starts it again and succeeds, "
+        f"{push.total_s:.1f} s |"
+    )
+
+
+def check_restarted(
+    service: AsyncSGLang, scheme: SGLangWeightSyncScheme, model: Any, urls: list[str]
+) -> PushResult:
+    push = scheme.last_push
+    assert push is not None
+    assert (push.restarted_engines, push.lost_engines) == ((urls[1],), ())
+    assert 1.0 < push.step_s["restart"] < push.total_s
+    assert [worker.url for worker in service.workers] == urls
+    assert service.state is ServiceState.SYNCED
+    check_each(service, model)
+    return push
+
+
+def spoken(kill: Callable[[int], None]) -> str:
+    return kill.__name__.replace("_", " ")
+
+
+@pytest.mark.faults
+def test_a_server_that_does_not_start_again(
+    two: AsyncSGLang, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names it and says why; once that is mended, the next push starts it."""
+    fleet, urls = two._local.fleet, [worker.url for worker in two.workers]
+    assert fleet is not None
+    scheme = connected_to(two, lost_engines="restart")
+    try:
+        scheme.send(model)
+        broken = [replace(each, model_path="/nowhere") for each in fleet._plan.servers]
+        with monkeypatch.context() as patched:
+            patched.setattr(fleet, "_plan", replace(fleet._plan, servers=tuple(broken)))
+            killing(two, urls[0], patched, kill_all)
+            with pytest.raises(EngineLostError, match="did not start again") as caught:
+                scheme.send(perturb(model, seed=51))
+        assert (caught.value.engine, caught.value.step) == (urls[0], "restart")
+        assert "/nowhere" in str(caught.value)
+        assert two.state is ServiceState.BROKEN
+        scheme.send(perturb(model, seed=52))
+        assert scheme.last_push.restarted_engines == (urls[0],)  # type: ignore[union-attr]
+        check_each(two, model)
+    finally:
+        scheme.close()

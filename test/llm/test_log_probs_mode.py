@@ -124,7 +124,7 @@ def test_a_grammar_is_in_the_reported_log_prob(
 TRUNCATING = [
     {"top_k": 5, "temperature": 2.0},
     {"top_p": 0.7},
-    {"min_p": 0.02, "temperature": 2.0},
+    {"min_p": 0.1, "temperature": 2.0},
     {"top_k": 30, "top_p": 0.9, "min_p": 0.005, "temperature": 2.0},
     {"top_k": 8, "presence_penalty": 1.5, "logit_bias": {50: 3.0}, "temperature": 2.0},
 ]

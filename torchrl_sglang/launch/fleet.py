@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..config import RouterConfig, ServerConfig, Timeouts
-from ..errors import EngineNotFoundError, ProcessDiedError
-from .ports import PortReservation
+from ..errors import EngineNotFoundError, LaunchError, ProcessDiedError
+from .ports import PortReservation, wait_until_free
 from .process import ChildProcess, installed_version
 from .router import router_argv
 from .server import server_argv, server_env
 
 # A port that was free when reserved can still be refused; more often it is something else.
 PORT_ATTEMPTS = 3
+FREED_S = 10.0  # how long a killed server may hold its port
 PORT_IN_USE = ("address already in use", "EADDRINUSE", "errno 98", "port is already in use")
 
 ReadyCheck = Callable[[str], bool]
@@ -67,12 +71,16 @@ class Fleet:
             LaunchError: something did not start; everything else was ended again.
         """
         self._plan = plan
+        self._server_ready = server_ready
         self._children: list[ChildProcess] = []
+        self._num_restarts: Counter[int] = Counter()
+        self._stopped = False
+        self._lock = threading.Lock()
         self.log_dir = plan.log_dir or Path(tempfile.mkdtemp(prefix="torchrl_sglang_"))
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self.router_version = self._check_installed()
         try:
-            self.server_urls = self._start_servers(server_ready)
+            self.server_urls = self._start_servers()
             self.router_url = self._start_router(router_ready)
         except BaseException:
             self.stop()
@@ -98,23 +106,59 @@ class Fleet:
                 )
         return str(versions["sglang-router"])
 
-    def _start_servers(self, is_ready: ReadyCheck) -> list[str]:
+    def _start_servers(self) -> list[str]:
         with ThreadPoolExecutor(len(self._plan.servers)) as pool:
             try:
-                starts = [pool.submit(self._start_server, i, is_ready) for i in self._indices]
+                starts = [pool.submit(self._start_server, i) for i in self._indices]
                 return [start.result() for start in _fail_fast(starts, self.stop)]
             except BaseException:
                 self.stop()  # before the pool waits for threads that wait for their servers
                 raise
 
-    def _start_server(self, index: int, is_ready: ReadyCheck) -> str:
-        config = self._plan.servers[index]
+    def restart(self, url: str) -> None:
+        """Starts a server again at its address, with the model's own files.
+
+        What is left of it is killed. Its log goes on in ``server-0.2.log``.
+
+        Args:
+            url: one of `server_urls`.
+
+        Raises:
+            LaunchError: it did not start; nothing of it is left running.
+        """
+        index, port = self.server_urls.index(url), urlsplit(url).port
+        assert port is not None
+        self.kill(url)
+        wait_until_free(self._plan.servers[index].host, port, FREED_S)
+        self._num_restarts[index] += 1
+        try:
+            self._start_server(index, port)
+        except BaseException:
+            self.kill(url)
+            raise
+
+    def kill(self, url: str) -> None:
+        """Ends a server at once; harmless where it is gone.
+
+        Raises:
+            LaunchError: it does not end.
+        """
+        name = _server_name(self.server_urls.index(url))
+        for child in [child for child in self._children if child.name == name]:
+            child.kill()
+            with self._lock, contextlib.suppress(ValueError):  # all are being stopped
+                self._children.remove(child)
+
+    def _start_server(self, index: int, port: int | None = None) -> str:
+        config, restarts = self._plan.servers[index], self._num_restarts[index]
+        name = _server_name(index)
+        log_name = f"{name}.{restarts + 1}" if restarts else name
 
         def start(port: int, second_port: int) -> ChildProcess:
             argv = server_argv(config, python=self._plan.python, port=port, nccl_port=second_port)
-            return self._spawn(f"server-{index}", argv, server_env(config, os.environ))
+            return self._spawn(name, argv, server_env(config, os.environ), log_name)
 
-        return self._start(config.host, config.port, start, is_ready)
+        return self._start(config.host, port or config.port, start, self._server_ready)
 
     def _start_router(self, is_ready: ReadyCheck) -> str:
         config = self._plan.router
@@ -153,15 +197,20 @@ class Fleet:
                         raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _spawn(self, name: str, argv: Sequence[str], env: dict[str, str]) -> ChildProcess:
-        child = ChildProcess(
-            name,
-            argv,
-            env=env,
-            log_path=self.log_dir / f"{name}.log",
-            grace_s=self._plan.timeouts.stop_s,
-        )
-        self._children.append(child)
+    def _spawn(
+        self, name: str, argv: Sequence[str], env: dict[str, str], log_name: str | None = None
+    ) -> ChildProcess:
+        with self._lock:
+            if self._stopped:
+                raise LaunchError(f"{name} was not started: the servers are being shut down.")
+            child = ChildProcess(
+                name,
+                argv,
+                env=env,
+                log_path=self.log_dir / f"{log_name or name}.log",
+                grace_s=self._plan.timeouts.stop_s,
+            )
+            self._children.append(child)
         return child
 
     def dead_children(self) -> list[ChildProcess]:
@@ -170,11 +219,17 @@ class Fleet:
 
     def stop(self) -> None:
         """Ends router and servers, all at once; harmless twice."""
-        children, self._children = self._children, []
+        with self._lock:
+            self._stopped = True
+            children, self._children = self._children, []
         for child in children:
             child.ask_stop()
         for child in reversed(children):
             child.stop()
+
+
+def _server_name(index: int) -> str:
+    return f"server-{index}"
 
 
 def _url_host(host: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+import time
 from types import TracebackType
 
 from ..errors import PortTakenError
+
+POLL_S = 0.05
 
 
 class PortReservation:
@@ -52,6 +55,22 @@ class PortReservation:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def wait_until_free(host: str, port: int, timeout_s: float) -> None:
+    """Returns once nothing answers on a port: what was killed closes its sockets a little later.
+
+    Raises:
+        PortTakenError: something still does after ``timeout_s`` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return refuse_if_listening(host, port)
+        except PortTakenError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
 
 
 def refuse_if_listening(host: str, port: int) -> None:

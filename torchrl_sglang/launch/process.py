@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import ProcessDiedError, StartTimeoutError
+from ..errors import LaunchError, ProcessDiedError, StartTimeoutError
 from .guard import kill_session
 
 GUARD = Path(__file__).with_name("guard.py")
 SECRET_OPTIONS = ("--api-key", "--admin-api-key")
 POLL_S = 0.1
+KILLED_S = 30.0  # how long a killed process may take to give its memory back
 
 
 class ChildProcess:
@@ -108,6 +109,21 @@ class ChildProcess:
             self._popen.wait(5.0)
         if self._popen.returncode == -signal.SIGKILL:
             kill_session(self.pid)  # a guard that was killed could not see to it
+
+    def kill(self) -> None:
+        """Ends it and everything that it started at once: what is stuck heeds no SIGTERM.
+
+        Raises:
+            LaunchError: it does not end; the kernel waits for a device, say.
+        """
+        if not self._mine():
+            return
+        if self._popen.poll() in (None, -signal.SIGKILL):  # else the guard has seen to it
+            kill_session(self.pid)
+        try:
+            self._popen.wait(KILLED_S)
+        except subprocess.TimeoutExpired as error:
+            raise LaunchError(f"{self.name} (session {self.pid}) can't be killed.") from error
 
     def _mine(self) -> bool:
         return os.getpid() == self._owner_pid

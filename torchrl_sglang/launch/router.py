@@ -37,6 +37,9 @@ def router_argv(
         "prometheus_port": prometheus_port,
         "worker_startup_check_interval": 1,
         "health_check_interval_secs": config.health_check_interval_s,
+        # Answered by schedulers that are paused too. SGLang's own /health generates a token, so a
+        # pause of half a minute would have the router leave a server out, and for longer than that.
+        "health_check_endpoint": "/server_info",
         "log_level": "info",
         **config.extra_args,
     }

@@ -10,11 +10,14 @@ import torch
 
 from ..client import ControlClient
 from ..config import WeightSyncConfig
+from ..errors import ConfigError, EngineLostError
+from ..gate import ServiceState
 from ..info import WorkerInfo
 from .broadcast import sending_device
 from .carrier import Carrier
 from .choose import Choice, choose_method, make_carrier
 from .engines import Engines
+from .revive import revive
 
 
 class Connection:
@@ -22,7 +25,8 @@ class Connection:
 
     Args:
         service: the servers; anything with ``cluster``, ``gate``, ``timeouts``,
-            ``set_pushed_version`` and ``drop_worker``.
+            ``set_pushed_version``, ``drop_worker``, ``managed``, ``restart_in_push``
+            and ``rejoin``.
         config: how to push.
         master_address: address at which the servers reach this process.
         master_port: port of the rendezvous; a free one by default.
@@ -31,6 +35,9 @@ class Connection:
 
     Attributes:
         config: how to push.
+
+    Raises:
+        ConfigError: servers are to be started again that this process did not start.
     """
 
     def __init__(
@@ -45,6 +52,11 @@ class Connection:
     ) -> None:
         self._service = service
         self.config = config or WeightSyncConfig()
+        if self.config.lost_engines == "restart" and not service.managed:
+            raise ConfigError(
+                "lost_engines='restart', but this service did not start its servers, so it can't "
+                "start them again: use 'raise' or 'drop'."
+            )
         self._master_address = master_address
         self._master_port = master_port
         self._device = device
@@ -67,6 +79,8 @@ class Connection:
         with self._lock:
             # Found out in the caller's thread: another one's current GPU may be another.
             self._sending_device = sending_device(self._infos[0].device, self._device)
+            if self._service.state is ServiceState.BROKEN:
+                revive(self._service)
             self._connect()
             self._connected = True
 
@@ -112,6 +126,11 @@ class Connection:
             carrier.drop()
         if engines is not None:
             engines.close()
+
+    def _goes_on_without(self, error: EngineLostError) -> bool:
+        """Whether the user allows that the engine is left out, and others are left."""
+        known = any(worker.url == error.engine for worker in self._workers)
+        return self.config.lost_engines == "drop" and known and len(self._workers) > 1
 
     # What is pushed to
 

@@ -20,8 +20,8 @@ NOTICE_S = 1.2
 ANSWER_S = 1.5
 LIVENESS_S = 1.5  # how long a server has to say that it lives, and to pause again
 STUCK = (
-    "gave no answer afterwards either. If the next push fails there too, it is stuck, in a "
-    "broadcast that ended without it for instance, and has to be started again"
+    "gave no answer afterwards either. If it is stuck, in a broadcast that ended without it for "
+    "instance, it has to be started again: the next push does so, where this process started it"
 )
 
 

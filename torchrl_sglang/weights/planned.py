@@ -31,6 +31,7 @@ class Plan:
         buckets: which tensors travel together.
         verifier: proves afterwards that it arrived.
         version: the weights' new version.
+        partial: the servers keep what is not sent.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -38,6 +39,7 @@ class Plan:
     buckets: list[Bucket]
     verifier: Verifier
     version: int
+    partial: bool = False
 
 
 def make_plan(
@@ -100,6 +102,7 @@ def make_plan(
         buckets=plan_buckets(specs, config.bucket_bytes),
         verifier=verifier,
         version=version,
+        partial=partial,
     )
 
 

@@ -24,7 +24,8 @@ class PushResult:
             server before SGLang 0.5.23 refused because requests were in flight: those that it
             retracted may go on from a prefix of the old weights, new ones do not.
         lost_engines: URLs of servers that died on the way and were left out.
-        step_s: seconds of each step, by name: ``join`` (only with a new group), ``pause``,
+        restarted_engines: URLs of servers that were found dead or stuck and started again.
+        step_s: seconds of each step, by name: ``restart``, ``join`` (with a new group), ``pause``,
             ``flush``, ``begin``, ``transfer``, ``end``, ``verify``, ``version``, ``continue``;
             of an adapter ``room``, ``load``, ``verify``, ``version``.
         push_s: seconds from the first announcement to the last acknowledgement.
@@ -41,6 +42,7 @@ class PushResult:
     verified_by: str
     flushed: bool
     lost_engines: tuple[str, ...] = ()
+    restarted_engines: tuple[str, ...] = ()
     step_s: Mapping[str, float]
     push_s: float
     paused_s: float
@@ -59,3 +61,20 @@ class StepTimer:
         start = time.perf_counter()
         yield
         self.step_s[step] = self.step_s.get(step, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class Course:
+    """How a push goes, over all attempts.
+
+    Attributes:
+        lost: engines that were left out.
+        restarted: engines that were started again.
+        timer: how long the steps took.
+        start: when it began.
+    """
+
+    lost: list[str] = field(default_factory=list)
+    restarted: list[str] = field(default_factory=list)
+    timer: StepTimer = field(default_factory=StepTimer)
+    start: float = field(default_factory=time.perf_counter)

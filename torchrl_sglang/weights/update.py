@@ -25,7 +25,8 @@ from .connection import Connection
 from .expected import expected_model
 from .failure import after_failure
 from .planned import Plan, make_plan
-from .result import PushResult, StepTimer
+from .result import Course, PushResult
+from .revive import revive
 from .sharded import ShardedWeights
 from .streams import handed_over
 from .threads import in_thread
@@ -38,6 +39,7 @@ class WeightPusher(Connection):
     def __init__(self, service: Any, **kwargs: Any) -> None:
         super().__init__(service, **kwargs)
         self._running: Future[PushResult] | None = None
+        self._repairs = False
 
     def close(self) -> None:
         """Leaves the group, on both sides, once a push under way is over; harmless twice.
@@ -144,7 +146,8 @@ class WeightPusher(Connection):
                 "the weight sync is not connected: call scheme.connect() (a collector does it "
                 "when the scheme is given to it) before pushing."
             )
-        if partial and self._service.state is ServiceState.BROKEN:
+        self._repairs = self._service.state is ServiceState.BROKEN
+        if partial and self._repairs:
             raise WeightsError(
                 "a part of the weights can't repair a service whose last push failed: push the "
                 "whole model."
@@ -188,24 +191,25 @@ class WeightPusher(Connection):
         with self._broken_unless_done():
             self._service.gate.begin()
             result = self._tried(plan)
+            self._service.rejoin()
             self._service.set_pushed_version(plan.version)
             self._service.gate.commit()
             return result
 
     def _tried(self, plan: Plan) -> PushResult:
-        lost: list[str] = []
+        course = Course()
+        if self._repairs:
+            self._revive(course)
         while True:
             try:
-                return self._attempt(plan, tuple(lost))
+                return self._attempt(plan, course)
             except BaseException as raised:
                 in_session = self._may_be_in_session(raised)
                 self._drop()
                 if isinstance(plan.weights, ShardedWeights):
                     plan.weights.drain()
                 error = after_failure(raised, self._workers, in_session=in_session)
-                if isinstance(error, EngineLostError) and self._goes_on_without(error):
-                    lost.append(str(error.engine))
-                    self._service.drop_worker(error.engine)
+                if self._goes_on(error, plan, course):
                     continue
                 if error is raised:
                     raise
@@ -218,8 +222,8 @@ class WeightPusher(Connection):
         step = error.step if isinstance(error, PushError) else None
         return step in ("transfer", "end") or not isinstance(error, SGLangError)
 
-    def _attempt(self, plan: Plan, lost: tuple[str, ...]) -> PushResult:
-        timer, start = StepTimer(), time.perf_counter()
+    def _attempt(self, plan: Plan, course: Course) -> PushResult:
+        timer = course.timer
         if self._engines is not None and self._engines.workers != tuple(self._workers):
             self._leave()  # servers joined or left: those of the group are not all any more
         if self._carrier is None or not self._carrier.is_connected:
@@ -240,16 +244,31 @@ class WeightPusher(Connection):
             num_buckets=len(plan.buckets),
             verified_by=plan.verifier.verified_by if verifies else "nothing",
             flushed=done.flushed,
-            lost_engines=lost,
+            lost_engines=tuple(course.lost),
+            restarted_engines=tuple(course.restarted),
             step_s=timer.step_s,
             push_s=done.push_s,
             paused_s=done.paused_s,
-            total_s=time.perf_counter() - start,
+            total_s=time.perf_counter() - course.start,
         )
 
-    def _goes_on_without(self, error: EngineLostError) -> bool:
-        known = any(worker.url == error.engine for worker in self._workers)
-        return self.config.lost_engines == "drop" and known and len(self._workers) > 1
+    def _goes_on(self, error: BaseException, plan: Plan, course: Course) -> bool:
+        """Whether the push can be tried again: without an engine, or with it started again."""
+        if isinstance(error, EngineLostError) and self._goes_on_without(error):
+            course.lost.append(str(error.engine))
+            self._service.drop_worker(error.engine)
+            # A part of the weights is too little for a server that has the model's own files.
+            return not (self._revive(course) and plan.partial)
+        restarts = self.config.lost_engines == "restart" and not plan.partial
+        return restarts and isinstance(error, PushError) and self._revive(course)
+
+    def _revive(self, course: Course) -> bool:
+        """Whether there were engines to start again, each for the first time in this push."""
+        with course.timer.measure("restart"):
+            revived = revive(self._service)
+        repeated = {*course.restarted} & {*revived}
+        course.restarted += revived
+        return bool(revived) and not repeated
 
     def _next_version(self) -> int:
         return served_version(self._service) + 1

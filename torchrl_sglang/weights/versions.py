@@ -23,7 +23,7 @@ def served_version(service: Any) -> int:
     will tell.
 
     Raises:
-        PushError: no server answers.
+        PushError: no server answers, and this process did not start them.
     """
 
     def ask(worker: Any) -> str:
@@ -34,7 +34,7 @@ def served_version(service: Any) -> int:
     asked = {in_thread(lambda w=w: ask(w), "torchrl_sglang-ask"): w.url for w in workers}
     wait(asked, 2 * ASK_S)
     answers = [one.result() for one in asked if one.done() and one.exception() is None]
-    if not answers:
+    if not answers and not service.managed:  # a push can start those again
         watch(asked, step="ask", timeout_s=ASK_S)
     return max([service.pushed_version or 0, *(int(a) for a in answers if a.isdecimal())])
 

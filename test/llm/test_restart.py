@@ -1,0 +1,97 @@
+"""Starting servers again, where it needs no server to die; `test_faults.py` has the rest."""
+
+from __future__ import annotations
+
+import copy
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
+from torchrl_sglang.errors import ConfigError, LaunchError, PortTakenError, ServiceError
+from torchrl_sglang.launch.guard import session_members
+from torchrl_sglang.launch.ports import wait_until_free
+from torchrl_sglang.launch.process import ChildProcess
+
+
+def test_servers_of_others_are_not_started_again(attached: AsyncSGLang) -> None:
+    [worker] = attached.workers
+    with pytest.raises(ConfigError, match="did not start its servers"):
+        attached.restart_workers([worker.url])
+    with pytest.raises(ConfigError, match="use 'raise' or 'drop'"):
+        SGLangWeightSyncScheme(attached, config=WeightSyncConfig(lost_engines="restart"))
+    assert not attached.managed
+    assert attached.state is ServiceState.SYNCED
+
+
+def test_a_copy_starts_nothing_again(service: AsyncSGLang) -> None:
+    assert service.managed
+    with copy.copy(service) as copied:
+        assert not copied.managed
+        with pytest.raises(ConfigError, match="a copy in another process"):
+            copied.restart_workers([])
+
+
+def test_an_unknown_server(service: AsyncSGLang) -> None:
+    with pytest.raises(ConfigError, match="none of this service's servers") as caught:
+        service.restart_workers(["http://127.0.0.1:1"])
+    assert service.workers[0].url in str(caught.value)
+    assert service.state is ServiceState.SYNCED
+
+
+def test_not_in_the_middle_of_a_push(service: AsyncSGLang) -> None:
+    service.gate.begin()
+    try:
+        with pytest.raises(ServiceError, match="wait for its end"):
+            service.restart_workers([service.workers[0].url])
+    finally:
+        service.gate.commit()
+
+
+def test_an_adapter_push_has_no_base_weights() -> None:
+    with pytest.raises(ConfigError, match="no base weights"):
+        WeightSyncConfig(method="lora", lost_engines="restart")
+
+
+def test_a_port_is_waited_for() -> None:
+    """A process that was killed closes its sockets a little later than it is gone."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTakenError):
+            wait_until_free("127.0.0.1", port, 0.2)
+        timer = threading.Timer(0.3, taken.close)
+        timer.start()
+        wait_until_free("127.0.0.1", port, 5.0)
+        timer.join()
+
+
+def test_what_is_stopped_is_killed_with_all_its_children(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "subprocess.Popen(['sleep', '600']); print('up', flush=True);"
+        "os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    log = tmp_path / "log"
+    child = ChildProcess("it", ["python3", "-c", code], env={}, log_path=log, grace_s=60.0)
+    deadline = time.monotonic() + 20.0
+    while "up" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    begun = time.monotonic()
+    child.kill()
+    child.kill()
+    assert time.monotonic() - begun < 5.0
+    assert child.exit_code is not None
+    assert session_members(child.pid) == []
+
+
+def test_nothing_is_started_after_the_end(monkeypatch: pytest.MonkeyPatch, service: Any) -> None:
+    """A restart that another thread's shutdown overtakes leaves no server behind."""
+    fleet = service._local.fleet
+    monkeypatch.setattr(fleet, "_stopped", True)
+    with pytest.raises(LaunchError, match="shut down"):
+        fleet._spawn("server-9", ["true"], {})
+    assert all(child.name != "server-9" for child in fleet._children)
