@@ -28,7 +28,10 @@ T = TypeVar("T")
 FIRST_BACKOFF_S = 0.2
 LAST_BACKOFF_S = 5.0
 
-# Routes that a server with an admin key gives only to that key.
+UNAUTHORIZED = 401
+
+# Routes that a server with an admin key gives only to that key, as of SGLang 0.5.23. Older ones
+# give some of them only to the other key.
 ADMIN_ROUTES = (
     "/pause_generation",
     "/continue_generation",
@@ -177,15 +180,20 @@ class ControlClient:
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
     ) -> Any:
         url = self.url + path
-        key = self._admin_api_key if path.startswith(ADMIN_ROUTES) else self._api_key
+        keys = [self._api_key]
+        if path.startswith(ADMIN_ROUTES):
+            keys.insert(0, self._admin_api_key)
         try:
-            response = self._session().request(
-                method,
-                url,
-                json=body,
-                headers=bearer(key),
-                timeout=(min(timeout_s, self._timeouts.connect_s), timeout_s),
-            )
+            for key in dict.fromkeys(keys):
+                response = self._session().request(
+                    method,
+                    url,
+                    json=body,
+                    headers=bearer(key),
+                    timeout=(min(timeout_s, self._timeouts.connect_s), timeout_s),
+                )
+                if response.status_code != UNAUTHORIZED:
+                    break
         except requests.Timeout as error:
             raise RequestTimeoutError(
                 f"{method} {url} got no answer within {timeout_s:g} s."

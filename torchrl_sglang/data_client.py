@@ -191,7 +191,10 @@ class DataClient:
         try:
             while True:
                 try:
-                    ticket = await batch.admission.ticket(ticket)
+                    last = ticket
+                    ticket = await batch.admission.ticket(last)
+                    if last is not None and ticket.epoch != last.epoch:
+                        give_up = None  # what failed before may have been started again meanwhile
                     fields = request.bodies(batch.seeded, ticket.cache_salt)
                     self._sent_rids[first_rid] = _rids(fields, request)
                     body = Body(fields, batch.admission.gate, ticket.epoch)

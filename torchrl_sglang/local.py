@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 
 from .adapter_versions import AdapterVersions
 from .adapters import Adapters
@@ -31,6 +32,10 @@ class LocalResources:
         cluster: what answers at the URL, once it was asked.
         sessions: that this process opened.
         unrouted: URLs of servers that were started again and are not behind the router yet.
+        refresh_later: whether the cluster is to be asked again once all are.
+        changing: held by what starts servers again, or gives them weights.
+        seen_version: the highest version that a server was seen with, or was given.
+        adapters_only: whether what this process pushed were adapters alone.
     """
 
     def __init__(self) -> None:
@@ -42,6 +47,10 @@ class LocalResources:
         self.cluster: Cluster | None = None
         self.sessions = Sessions()
         self.unrouted: set[str] = set()
+        self.refresh_later = False
+        self.changing = threading.RLock()
+        self.seen_version = 0
+        self.adapters_only = False
         self._versions = AdapterVersions()
         self._adapters: tuple[tuple[ControlClient, ...], Adapters] | None = None
         self._pid = os.getpid()
@@ -53,6 +62,12 @@ class LocalResources:
     def foreign(self) -> bool:
         """Whether this is a forked copy of another process's resources."""
         return os.getpid() != self._pid
+
+    def saw(self, versions: Iterable[str]) -> None:
+        """Takes note of versions that servers run; names count for nothing."""
+        self.seen_version = max(
+            self.seen_version, *(int(each) for each in versions if each.isdecimal()), 0
+        )
 
     def attached(self, url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
         """The cluster behind ``url``, asked for once."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 
 from .attach import Cluster, Credentials, add_to_router, client_of, read_infos, remove_from_router
+from .client import ControlClient
 from .config import Timeouts
-from .errors import ConfigError, EngineLostError, LaunchError, ServiceError
+from .errors import ConfigError, EngineLostError, LaunchError, PushError, ServiceError
 from .gate import ServiceState
 from .launch.fleet import Fleet
 from .local import LocalResources
+from .threads import in_thread
+
+RESTART = "restart"  # the step that errors name
+ASK_S = 2.0
 
 
 class Members(abc.ABC):
@@ -35,10 +42,33 @@ class Members(abc.ABC):
         """Whether this object, in this process, started the servers."""
         return self._local.fleet is not None
 
+    @property
+    def managed_urls(self) -> tuple[str, ...]:
+        """URLs of the servers that this object started, also of those that are left out."""
+        fleet = self._local.fleet
+        return () if fleet is None else tuple(fleet.server_urls)
+
+    @property
+    def known_version(self) -> int:
+        """The highest version that a server is known to have had; 0 if there is none."""
+        return self._local.seen_version
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """What starts servers again, or gives them weights, does so alone."""
+        with self._local.changing:
+            yield
+
     def refresh(self) -> None:
-        """Asks the router and the servers again: after workers joined or left."""
+        """Asks the router and the servers again: after workers joined or left.
+
+        Where servers were started again that are not behind the router yet, this is done after the
+        push that lets them join it.
+        """
         with self._local.lock:
-            self._local.cluster = None
+            self._local.refresh_later = bool(self._local.unrouted)
+            if not self._local.unrouted:
+                self._local.cluster = None
 
     def drop_worker(self, url: str) -> None:
         """Goes on without one of several servers: the router no longer sends to it either.
@@ -56,73 +86,98 @@ class Members(abc.ABC):
     def restart_workers(self, urls: Sequence[str]) -> None:
         """Starts managed servers again at their addresses, whether they live or not.
 
-        They come up with the model's own files. Where a push has changed the weights since, the
-        service is ``BROKEN`` afterwards, until the next one. LoRA adapters have to be loaded again.
-        A push starts by itself what it finds dead or stuck, see
-        ``WeightSyncConfig(lost_engines=...)``. Takes as long as a first start.
+        They come up with the model's own files. If weights were pushed before, the service is
+        ``BROKEN`` afterwards and they are paused, until the next push; one of another process is
+        noticed by ``restart_workers([])``. LoRA adapters have to be loaded again. A push starts by
+        itself what it finds dead or stuck, see ``WeightSyncConfig(lost_engines=...)``. Takes as
+        long as a first start.
 
         Args:
             urls: the servers' URLs; also of those that `drop_worker` left out.
 
         Raises:
             ConfigError: this object did not start them.
-            ServiceError: a push is under way.
+            ServiceError: a push, or another restart, is under way.
             EngineLostError: one did not start; names it, and says why.
         """
-        gate = self._local.gate
         self._fleet_of(urls)
-        if gate.state is ServiceState.UPDATING:
-            raise ServiceError("a weight push is under way: wait for its end.")
-        before = gate.failure
-        gate.begin()
+        gate, changing = self._local.gate, self._local.changing
+        if not changing.acquire(blocking=False):
+            raise ServiceError("a push or a restart is under way: wait for its end.")
         try:
-            self.restart_in_push(urls)
-            stale = self._stale(urls)
-            if before is None and stale is None:
-                self.rejoin()
-        except BaseException as error:
-            gate.fail(error)
-            raise
-        failure = before or stale
-        if failure is None:
-            gate.commit()
-        else:
-            gate.fail(failure)
+            if gate.state is ServiceState.UPDATING:
+                raise ServiceError("a weight push is under way: wait for its end.")
+            failed = gate.failure
+            if getattr(failed, "step", None) == RESTART:
+                failed = None  # what the servers run now tells whether that is over
+            gate.begin()
+            try:
+                self.restart_in_push(urls)
+                failed = failed or self._stale()
+                if failed is None:
+                    self._go_on()
+            except BaseException as error:
+                gate.fail(error)
+                raise
+            if failed is None:
+                gate.commit()
+            else:
+                gate.fail(failed)
+        finally:
+            changing.release()
 
-    def restart_in_push(self, urls: Sequence[str]) -> None:
+    def restart_in_push(self, urls: Iterable[str]) -> None:
         """Same as `restart_workers`, for the weight sync, which gives them their weights next.
 
-        They are out of the router until `rejoin`: a request that was lost elsewhere would be sent
-        to them at once, and answered by the model's own weights.
+        They are paused, and out of the router until `rejoin`: a request that was lost elsewhere
+        would be sent to them at once, and answered by the model's own weights.
         """
+        urls = tuple(dict.fromkeys(urls))
         fleet = self._fleet_of(urls)
-        if not urls:
-            return
-        self._local.unrouted.update(urls)
-        for url in urls:
-            remove_from_router(self.cluster, url, self._keys, self.timeouts)
-        with ThreadPoolExecutor(len(urls)) as pool:
-            starts = {url: pool.submit(fleet.restart, url) for url in urls}
+        with self._local.changing:
+            self._local.saw(version for _, version in self._versions())
+            self._local.unrouted.update(urls)
+            for url in urls:
+                remove_from_router(self.cluster, url, self._keys, self.timeouts)
+            given_up = threading.Event()
+            starts = {
+                url: in_thread(
+                    lambda url=url: self._restarted(fleet, url, given_up), "torchrl_sglang-restart"
+                )
+                for url in urls
+            }
             try:
-                for url in urls:
-                    starts[url].result()
-            except LaunchError as error:
-                raise EngineLostError(
-                    f"it did not start again: {error}", step="restart", engine=url
-                ) from error
+                failures = [self._failure(url, start) for url, start in starts.items()]
             except BaseException:
+                given_up.set()
                 for url in urls:
-                    fleet.kill(url)  # or the pool would wait until they are up
+                    with contextlib.suppress(LaunchError):
+                        fleet.kill(url)
                 raise
-        for url in urls:
-            try:
-                self._take_back(url)
-            except ServiceError as error:
-                raise EngineLostError(
-                    f"it was started again, but: {error}", step="restart", engine=url
-                ) from error
+        for failure in filter(None, failures):
+            raise failure from failure.__cause__
 
-    def _fleet_of(self, urls: Sequence[str]) -> Fleet:
+    def _failure(self, url: str, start: Future[ControlClient]) -> EngineLostError | None:
+        """Why a server did not start; one that did is taken back."""
+        try:
+            worker = start.result()  # bounded by what it waits for itself
+            known = {info.url: info for info in self.cluster.infos}
+            info = known.get(url) or read_infos([worker])[0]
+        except (LaunchError, ServiceError) as error:
+            failed = EngineLostError(f"it did not start again: {error}", step=RESTART, engine=url)
+            failed.__cause__ = error
+            return failed
+        with self._local.lock:
+            self._local.cluster = self.cluster.having(worker, info)
+        return None
+
+    def _restarted(self, fleet: Fleet, url: str, given_up: threading.Event) -> ControlClient:
+        fleet.restart(url, given_up)
+        worker = client_of(url, self._keys, self.timeouts)
+        worker.post("/pause_generation", {"mode": "retract"})
+        return worker
+
+    def _fleet_of(self, urls: Iterable[str]) -> Fleet:
         fleet = self._local.fleet
         if fleet is None:
             raise ConfigError(
@@ -134,33 +189,52 @@ class Members(abc.ABC):
             raise ConfigError(f"{unknown} are none of this service's servers: {fleet.server_urls}.")
         return fleet
 
-    def _take_back(self, url: str) -> None:
-        worker = client_of(url, self._keys, self.timeouts)
-        [info] = read_infos([worker])
-        with self._local.lock:
-            self._local.cluster = self.cluster.having(worker, info)
-
     def rejoin(self) -> None:
         """Has the router send to those again that were started again, now that they may answer.
 
         Raises:
-            EngineLostError: the router does not take one.
+            PushError: the router does not take one.
         """
         held = self._local.unrouted & {worker.url for worker in self.cluster.workers}
         for url in held:
             try:
                 add_to_router(self.cluster, url, self._keys, self.timeouts)
             except ServiceError as error:
-                raise EngineLostError(str(error), step="restart", engine=url) from error
+                raise PushError(str(error), step=RESTART, engine=url) from error
             self._local.unrouted.discard(url)
+        if self._local.refresh_later:
+            self.refresh()
 
-    def _stale(self, urls: Sequence[str]) -> EngineLostError | None:
-        """Why what was started again must not generate yet; None if all run the same weights."""
-        versions = {
-            str(worker.get("/model_info").get("weight_version")) for worker in self.cluster.workers
-        }
-        if not urls or (self._local.pushed_version is None and len(versions) == 1):
-            return None
-        return EngineLostError(
-            "it was started again, with the model's own files", step="restart", engine=urls[0]
-        )
+    def _go_on(self) -> None:
+        for worker in self.cluster.workers:
+            if worker.url in self._local.unrouted:
+                worker.post("/continue_generation")
+        if not self._local.adapters_only:  # else the next push brings the adapter
+            self.rejoin()
+
+    def _versions(self) -> list[tuple[str, str]]:
+        """URL and version of every server that answers."""
+
+        def ask(worker: ControlClient) -> str:
+            return str(worker.get("/model_info", timeout_s=ASK_S).get("weight_version"))
+
+        asked = [(w.url, in_thread(lambda w=w: ask(w), "ask")) for w in self.cluster.workers]
+        found = []
+        for url, answer in asked:
+            with contextlib.suppress(ServiceError, TimeoutError):
+                found.append((url, answer.result(2 * ASK_S)))
+        return found
+
+    def _stale(self) -> EngineLostError | None:
+        """Why a server that was started again must not generate yet; None if it may."""
+        if self._local.adapters_only:
+            return None  # the base weights are the model's own everywhere
+        versions = self._versions()
+        self._local.saw(version for _, version in versions)
+        newest = self._local.seen_version
+        for url, version in versions:
+            if url in self._local.unrouted and newest and version != str(newest):
+                return EngineLostError(
+                    "it was started again, with the model's own files", step=RESTART, engine=url
+                )
+        return None

@@ -215,19 +215,25 @@ class AsyncSGLang(Members, SharedGeneration):
         if self.pushed_version is not None and not self._local.others_push:
             return str(self.pushed_version)
         answer = self.workers[0].get("/model_info")
-        return str(answer.get("weight_version", INITIAL_VERSION))
+        version = str(answer.get("weight_version", INITIAL_VERSION))
+        self._local.saw([version])
+        return version
 
     @property
     def pushed_version(self) -> int | None:
         """The version that this process pushed last; None before it pushed."""
         return self._local.pushed_version
 
-    def set_pushed_version(self, version: int) -> None:
-        """Called by the weight sync once every server runs ``version``."""
+    def set_pushed_version(self, version: int, *, adapter: bool = False) -> None:
+        """Called by the weight sync once every server runs ``version``, or has its adapter."""
+        first = self._local.pushed_version is None
+        self._local.adapters_only = adapter and (first or self._local.adapters_only)
         self._local.pushed_version = version
         self._local.others_push = False
+        self._local.saw([str(version)])
 
     def _noticed(self, version: str) -> None:
+        self._local.saw([version])
         pushed = self.pushed_version
         if pushed is not None and version.isdecimal() and int(version) > pushed:
             self._local.others_push = True  # or a push of ours is about to end, and sets it back
@@ -251,6 +257,8 @@ class AsyncSGLang(Members, SharedGeneration):
 
     def shutdown(self) -> None:
         """Ends what this object started, and refuses further use; harmless twice."""
+        if self.state is ServiceState.UPDATING:
+            self._local.close()  # what is under way ends now, not when a server is up
         self.close_weight_update_group()
         self._local.close()
 

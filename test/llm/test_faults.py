@@ -37,9 +37,9 @@ from torchrl_sglang.errors import (
     PushTimeoutError,
     ServiceBrokenError,
 )
+from torchrl_sglang.threads import in_thread
 from torchrl_sglang.weights import revive as revive_module
 from torchrl_sglang.weights.payload import Payloads
-from torchrl_sglang.weights.threads import in_thread
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}

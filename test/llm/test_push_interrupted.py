@@ -18,13 +18,13 @@ from torch.distributed.distributed_c10d import _world
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import PushError, ServiceBrokenError
 from torchrl_sglang.gate import UpdateGate
+from torchrl_sglang.threads import in_thread
 from torchrl_sglang.weights import broadcast as broadcast_module
 from torchrl_sglang.weights import connection as connection_module
 from torchrl_sglang.weights import update as update_module
 from torchrl_sglang.weights.broadcast import Broadcast
 from torchrl_sglang.weights.engines import Engines
 from torchrl_sglang.weights.streams import handed_over
-from torchrl_sglang.weights.threads import in_thread
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}

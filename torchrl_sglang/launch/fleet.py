@@ -74,6 +74,7 @@ class Fleet:
         self._server_ready = server_ready
         self._children: list[ChildProcess] = []
         self._num_restarts: Counter[int] = Counter()
+        self._environ = dict(os.environ)  # of the first start, also for later ones
         self._stopped = False
         self._lock = threading.Lock()
         self.log_dir = plan.log_dir or Path(tempfile.mkdtemp(prefix="torchrl_sglang_"))
@@ -115,13 +116,14 @@ class Fleet:
                 self.stop()  # before the pool waits for threads that wait for their servers
                 raise
 
-    def restart(self, url: str) -> None:
+    def restart(self, url: str, given_up: threading.Event | None = None) -> None:
         """Starts a server again at its address, with the model's own files.
 
         What is left of it is killed. Its log goes on in ``server-0.2.log``.
 
         Args:
             url: one of `server_urls`.
+            given_up: once it is set, nothing is started any more.
 
         Raises:
             LaunchError: it did not start; nothing of it is left running.
@@ -131,10 +133,11 @@ class Fleet:
         self.kill(url)
         wait_until_free(self._plan.servers[index].host, port, FREED_S)
         self._num_restarts[index] += 1
+        log_name = f"{_server_name(index)}.{self._num_restarts[index] + 1}"
         try:
-            self._start_server(index, port)
+            self._start_server(index, port, log_name, given_up)
         except BaseException:
-            self.kill(url)
+            self._kill(lambda child: child.log_path.name == f"{log_name}.log")
             raise
 
     def kill(self, url: str) -> None:
@@ -144,19 +147,29 @@ class Fleet:
             LaunchError: it does not end.
         """
         name = _server_name(self.server_urls.index(url))
-        for child in [child for child in self._children if child.name == name]:
+        self._kill(lambda child: child.name == name)
+
+    def _kill(self, chosen: Callable[[ChildProcess], bool]) -> None:
+        with self._lock:
+            children = [child for child in self._children if chosen(child)]
+        for child in children:
             child.kill()
             with self._lock, contextlib.suppress(ValueError):  # all are being stopped
                 self._children.remove(child)
 
-    def _start_server(self, index: int, port: int | None = None) -> str:
-        config, restarts = self._plan.servers[index], self._num_restarts[index]
-        name = _server_name(index)
-        log_name = f"{name}.{restarts + 1}" if restarts else name
+    def _start_server(
+        self,
+        index: int,
+        port: int | None = None,
+        log_name: str | None = None,
+        given_up: threading.Event | None = None,
+    ) -> str:
+        config, name = self._plan.servers[index], _server_name(index)
 
         def start(port: int, second_port: int) -> ChildProcess:
             argv = server_argv(config, python=self._plan.python, port=port, nccl_port=second_port)
-            return self._spawn(name, argv, server_env(config, os.environ), log_name)
+            env = server_env(config, self._environ)
+            return self._spawn(name, argv, env, log_name, given_up)
 
         return self._start(config.host, port or config.port, start, self._server_ready)
 
@@ -172,7 +185,7 @@ class Fleet:
                 worker_urls=self.server_urls,
                 api_key=self._plan.servers[0].api_key,
             )
-            return self._spawn("router", argv, dict(os.environ))
+            return self._spawn("router", argv, self._environ)
 
         return self._start(config.host, config.port, start, is_ready)
 
@@ -198,11 +211,18 @@ class Fleet:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _spawn(
-        self, name: str, argv: Sequence[str], env: dict[str, str], log_name: str | None = None
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: dict[str, str],
+        log_name: str | None = None,
+        given_up: threading.Event | None = None,
     ) -> ChildProcess:
         with self._lock:
-            if self._stopped:
-                raise LaunchError(f"{name} was not started: the servers are being shut down.")
+            if self._stopped or (given_up is not None and given_up.is_set()):
+                raise LaunchError(
+                    f"{name} was not started: the servers are being shut down, or it was given up."
+                )
             child = ChildProcess(
                 name,
                 argv,

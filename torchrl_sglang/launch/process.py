@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,12 +13,13 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import LaunchError, ProcessDiedError, StartTimeoutError
-from .guard import kill_session
+from .guard import kill_session, session_members
 
 GUARD = Path(__file__).with_name("guard.py")
 SECRET_OPTIONS = ("--api-key", "--admin-api-key")
 POLL_S = 0.1
 KILLED_S = 30.0  # how long a killed process may take to give its memory back
+GUARD_S = 5.0
 
 
 class ChildProcess:
@@ -119,11 +121,14 @@ class ChildProcess:
         if not self._mine():
             return
         if self._popen.poll() in (None, -signal.SIGKILL):  # else the guard has seen to it
-            kill_session(self.pid)
-        try:
-            self._popen.wait(KILLED_S)
-        except subprocess.TimeoutExpired as error:
-            raise LaunchError(f"{self.name} (session {self.pid}) can't be killed.") from error
+            kill_session(self.pid, KILLED_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(GUARD_S)
+        if left := session_members(self.pid):
+            raise LaunchError(
+                f"{self.name} can't be killed: processes {left} are still there {KILLED_S:.0f} s "
+                "after SIGKILL."
+            )
 
     def _mine(self) -> bool:
         return os.getpid() == self._owner_pid

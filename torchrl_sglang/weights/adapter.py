@@ -167,7 +167,8 @@ class AdapterPusher(WeightPusher):
         except BaseException as error:
             error.add_note(room.take_back(engines, version))
             raise
-        self._service.set_pushed_version(version)
+        self._service.set_pushed_version(version, adapter=True)
+        self._service.rejoin()
         room.switch(version)
         room.clear(engines, version)
         return push_s

@@ -14,13 +14,13 @@ import torch
 from ..client import ControlClient
 from ..config import Timeouts
 from ..errors import PushError, TopologyError
+from ..threads import in_thread
 from .carrier import Carrier
 from .collective import Rendezvous, TrainerGroup
 from .engines import Engines
 from .payload import Layout, Payloads
 from .plan import FLATTENED, Bucket, plan_ranks
 from .result import StepTimer
-from .threads import in_thread
 from .watch import watch
 
 ROUTE = "/update_weights_from_distributed"

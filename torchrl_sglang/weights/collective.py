@@ -31,8 +31,8 @@ from torch.distributed.distributed_c10d import (
 )
 
 from ..errors import PortTakenError
+from ..threads import in_thread
 from .sending import MakePayloads, Sending, on_the_wire
-from .threads import in_thread
 
 POLL_S = 0.0002
 LEAVE_S = 1.0  # a timed wait of this length frees a broadcast that nobody joined

@@ -10,14 +10,14 @@ import torch
 
 from ..client import ControlClient
 from ..config import WeightSyncConfig
-from ..errors import ConfigError, EngineLostError
+from ..errors import ConfigError, EngineLostError, PushError
 from ..gate import ServiceState
 from ..info import WorkerInfo
 from .broadcast import sending_device
 from .carrier import Carrier
 from .choose import Choice, choose_method, make_carrier
 from .engines import Engines
-from .revive import revive
+from .revive import to_revive
 
 
 class Connection:
@@ -25,8 +25,7 @@ class Connection:
 
     Args:
         service: the servers; anything with ``cluster``, ``gate``, ``timeouts``,
-            ``set_pushed_version``, ``drop_worker``, ``managed``, ``restart_in_push``
-            and ``rejoin``.
+            ``set_pushed_version``, ``drop_worker`` and what `Members` has.
         config: how to push.
         master_address: address at which the servers reach this process.
         master_port: port of the rendezvous; a free one by default.
@@ -80,9 +79,20 @@ class Connection:
             # Found out in the caller's thread: another one's current GPU may be another.
             self._sending_device = sending_device(self._infos[0].device, self._device)
             if self._service.state is ServiceState.BROKEN:
-                revive(self._service)
-            self._connect()
+                self._restart_lifeless()
+            try:
+                self._connect()
+            except PushError:
+                if not self._restart_lifeless():
+                    raise
+                self._connect()
             self._connected = True
+
+    def _restart_lifeless(self) -> bool:
+        urls = to_revive(self._service)
+        if urls:
+            self._service.restart_workers(urls)
+        return bool(urls)
 
     def _connect(self) -> None:
         self._drop()

@@ -8,8 +8,8 @@ from concurrent.futures import Future, wait
 
 from ..client import ControlClient
 from ..errors import EngineLostError, HTTPAnswerError, PushError, ServiceError
+from ..threads import in_thread
 from .sending import WireError
-from .threads import in_thread
 from .watch import broke_connection
 
 DYING_S = 0.5  # a process that dies closes its listener last

@@ -20,16 +20,16 @@ from ..errors import (
     WeightsError,
 )
 from ..gate import ServiceState
+from ..threads import in_thread
 from .attempt import attempt
 from .connection import Connection
 from .expected import expected_model
 from .failure import after_failure
 from .planned import Plan, make_plan
 from .result import Course, PushResult
-from .revive import revive
+from .revive import is_stuck, to_revive
 from .sharded import ShardedWeights
 from .streams import handed_over
-from .threads import in_thread
 from .versions import served_version
 
 
@@ -40,6 +40,7 @@ class WeightPusher(Connection):
         super().__init__(service, **kwargs)
         self._running: Future[PushResult] | None = None
         self._repairs = False
+        self._stuck: set[str] = set()
 
     def close(self) -> None:
         """Leaves the group, on both sides, once a push under way is over; harmless twice.
@@ -188,7 +189,7 @@ class WeightPusher(Connection):
                 self._service.gate.fail(sys.exception() or RuntimeError("the push was given up"))
 
     def _carried_out(self, plan: Plan) -> PushResult:
-        with self._broken_unless_done():
+        with self._service.changing(), self._broken_unless_done():
             self._service.gate.begin()
             result = self._tried(plan)
             self._service.rejoin()
@@ -209,6 +210,8 @@ class WeightPusher(Connection):
                 if isinstance(plan.weights, ShardedWeights):
                     plan.weights.drain()
                 error = after_failure(raised, self._workers, in_session=in_session)
+                if is_stuck(error, self._service) and isinstance(error, PushError):
+                    self._stuck.update(filter(None, [error.engine]))
                 if self._goes_on(error, plan, course):
                     continue
                 if error is raised:
@@ -225,7 +228,9 @@ class WeightPusher(Connection):
     def _attempt(self, plan: Plan, course: Course) -> PushResult:
         timer = course.timer
         if self._engines is not None and self._engines.workers != tuple(self._workers):
-            self._leave()  # servers joined or left: those of the group are not all any more
+            # Servers joined or left. One that is gone can't leave a group in order with the others.
+            gone = not {*self._engines.workers} <= {*self._workers}
+            self._drop() if gone else self._leave()
         if self._carrier is None or not self._carrier.is_connected:
             with timer.measure("join"):
                 self._connect()
@@ -259,16 +264,20 @@ class WeightPusher(Connection):
             self._service.drop_worker(error.engine)
             # A part of the weights is too little for a server that has the model's own files.
             return not (self._revive(course) and plan.partial)
-        restarts = self.config.lost_engines == "restart" and not plan.partial
-        return restarts and isinstance(error, PushError) and self._revive(course)
+        restarts = self.config.lost_engines == "restart" or bool(course.lost)
+        goes_on = restarts and not plan.partial and isinstance(error, PushError)
+        return goes_on and self._revive(course)
 
     def _revive(self, course: Course) -> bool:
         """Whether there were engines to start again, each for the first time in this push."""
+        urls = to_revive(self._service, self._stuck)
+        if not urls or {*urls} & {*course.restarted}:
+            return False
         with course.timer.measure("restart"):
-            revived = revive(self._service)
-        repeated = {*course.restarted} & {*revived}
-        course.restarted += revived
-        return bool(revived) and not repeated
+            self._service.restart_in_push(urls)
+        self._stuck.difference_update(urls)
+        course.restarted += urls
+        return True
 
     def _next_version(self) -> int:
         return served_version(self._service) + 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..completions import INITIAL_VERSION
 from ..errors import ConfigError, VersionError
-from .threads import in_thread
+from ..threads import in_thread
 from .watch import watch
 
 ASK_S = 2.0
@@ -18,9 +18,9 @@ def served_version(service: Any) -> int:
     """The highest version that a server of ``service`` runs, by asking them all, or has run.
 
     Weights that a server loaded itself, and those that somebody gave a name instead of a number,
-    count as 0, but never for less than what was pushed through ``service``: a server may have been
-    started again since. A server that does not answer is passed over where another does: the push
-    will tell.
+    count as 0, but never for less than what was pushed through ``service``, or seen by it: a server
+    may have been started again since. A server that does not answer is passed over where another
+    does: the push will tell.
 
     Raises:
         PushError: no server answers, and this process did not start them.
@@ -36,7 +36,8 @@ def served_version(service: Any) -> int:
     answers = [one.result() for one in asked if one.done() and one.exception() is None]
     if not answers and not service.managed:  # a push can start those again
         watch(asked, step="ask", timeout_s=ASK_S)
-    return max([service.pushed_version or 0, *(int(a) for a in answers if a.isdecimal())])
+    known: int = service.known_version
+    return max([known, *(int(a) for a in answers if a.isdecimal())])
 
 
 def counted(collector: Any) -> int | None:
