@@ -112,7 +112,8 @@ MIN_P = (
 )
 HIDDEN_STATES = (
     "hidden states are asked for, which the servers don't return: start them with "
-    "enable_return_hidden_states=True."
+    "enable_return_hidden_states=True. SGLang before 0.5.17 needs disable_radix_cache=True too: it "
+    "mixes up the states of prompts with a cached prefix."
 )
 ROUTED_EXPERTS = (
     "routed experts are asked for, which the servers don't return: that needs a mixture-of-experts "
@@ -164,7 +165,9 @@ def parse_features(
             or server_info.get("rl_on_policy_target")
         ),
         sampling_mask_tokens=mask_tokens if has_mask else 0,
-        hidden_states=bool(server_info.get("enable_return_hidden_states")),
+        # Older ones cut a batch's states by whole prompts, as if no prefix of them had been cached.
+        hidden_states=bool(server_info.get("enable_return_hidden_states"))
+        and (has_mask or bool(server_info.get("disable_radix_cache"))),
         routed_experts=bool(server_info.get("enable_return_routed_experts")),
         processors=bool(server_info.get("enable_custom_logit_processor")),
         lora=bool(server_info.get("enable_lora")),

@@ -168,6 +168,7 @@ def test_older_servers_say_nothing_of_what_waits(proxied: AsyncSGLang, proxy: Fa
     proxy.faults["/generate"] = Fault(status=499)
     with pytest.raises(RequestAbortedError, match="before it ran"):
         proxied.complete(requests_of(SHORT))
+    needs(proxied, "sampling_mask_tokens")
     returns = Returns(top_log_probs=2, sampling_mask=True)
     sampling = SHORT.updated({"top_k": 5})
     requests = requests_of(

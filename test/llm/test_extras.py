@@ -273,6 +273,7 @@ def test_hidden_states(
     special_service: AsyncSGLang, model: Any, pad_output: bool, num_samples: int | None
 ) -> None:
     """What each token was sampled from, also where the prompt's prefix was cached."""
+    needs(special_service, "hidden_states")
     policy = make_policy(
         special_service,
         extras=["hidden_states", "cached_tokens"],

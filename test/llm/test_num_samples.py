@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import hf_log_probs
+from servers import hf_log_probs, needs
 from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens, TransformersWrapper
@@ -220,6 +220,7 @@ def test_structure_of_transformers_wrapper(
 @pytest.mark.parametrize("mode", ["corrected", "reported"])
 def test_with_truncation(service: AsyncSGLang, tokenizer: Any, model: Any, mode: str) -> None:
     """The server's own ``n`` fails beside a sampling mask, so each sample is a request then."""
+    needs(service, "sampling_mask_tokens")
     policy = SGLangWrapper(
         service,
         input_mode="tokens",
@@ -259,6 +260,7 @@ def seeded(service: AsyncSGLang, requests: Sequence[GenerateRequest]) -> list[li
 
 
 def test_a_batch_of_seeded_samples(service: AsyncSGLang) -> None:
+    needs(service, "sampling_mask_tokens")
     everything = Returns(input_log_probs=True, top_log_probs=2, sampling_mask=True)
     requests = [
         GenerateRequest(

@@ -264,7 +264,12 @@ def test_scoring_gives_what_generating_gave(
     out = run(service, batch_of(mode, shape, prompts), mode, pad_output=pad_output, **sampling)
     made = [result(row) for row in rows_of(out)]
     full = [
-        TensorDict(tokens=Tokens(full=torch.tensor(got["full"]), batch_size=()), batch_size=())
+        TensorDict(
+            tokens=Tokens(full=torch.tensor(got["full"]), batch_size=()),
+            # Without one a pad that was sampled at the end passes for padding.
+            masks=Masks(all_attention_mask=torch.ones(len(got["full"])).bool(), batch_size=()),
+            batch_size=(),
+        )
         for got in made
     ]
     score = SGLangWrapper(service, input_mode="tokens", generate=False, pad_output=pad_output)

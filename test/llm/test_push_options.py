@@ -222,8 +222,11 @@ def test_what_requests_in_flight_go_on_with(
         ours = hf_log_probs(model, in_flight_prompt(index), completion.output_ids)
         pairs = zip(completion.log_probs[after.start :], ours[after.start :], strict=True)
         errors.append(max(abs(a - b) for a, b in pairs))
-    assert (max(errors) < 0.02) == (pause_mode == "retract")
-    assert push.flushed == (pause_mode == "retract")
+    if service.info.capabilities.update_session:  # since SGLang 0.5.23; see PushResult.flushed
+        assert push.flushed == (pause_mode == "retract")
+    assert push.flushed <= (pause_mode == "retract")
+    if push.flushed or pause_mode == "in_place":
+        assert (max(errors) < 0.02) == push.flushed
     assert error_of(service, model) < 0.02
 
 

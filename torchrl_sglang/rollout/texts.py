@@ -121,10 +121,13 @@ def _styled(
 
 
 def content(text: str, completion: Completion, tokenizer: Any) -> str:
-    """A response without the EOS, stop token or stop string that ended it."""
-    if _ended_by_id(completion):
-        stop = completion.matched_stop
-        return text.removesuffix(tokenizer.decode([stop], skip_special_tokens=False))
+    """A response without the EOS, stop token or stop string that ended it.
+
+    An EOS at the last place that was allowed is one too, of which SGLang 0.5.15 says "length".
+    """
+    last = completion.output_ids[-1:]
+    if _ended_by_id(completion) or last == [tokenizer.eos_token_id]:
+        return text.removesuffix(tokenizer.decode(last, skip_special_tokens=False))
     return _before_stop(text, completion)
 
 
