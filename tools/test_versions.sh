@@ -12,9 +12,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # What runs: the files whose tests talk to a server started with CPU_SERVER_ARGS of
 # test/llm/servers.py. A test of what an old server lacks says so itself, with `needs` from there.
+# Not test_adapter_push.py: 0.5.20 can wait for ever to unload an adapter, which these tests do after
+# each push (`test_every_way_to_generate` is followed by a typed error after its bound).
 TESTS=(
     test_abort.py
-    test_adapter_push.py
     test_admission.py
     test_async.py
     test_batching.py
