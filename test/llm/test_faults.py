@@ -36,6 +36,7 @@ from torchrl_sglang.errors import (
     PushError,
     PushTimeoutError,
     ServiceBrokenError,
+    ServiceError,
 )
 from torchrl_sglang.threads import in_thread
 from torchrl_sglang.weights import revive as revive_module
@@ -531,3 +532,42 @@ def test_a_server_that_does_not_start_again(
         check_each(two, model)
     finally:
         scheme.close()
+
+
+@pytest.mark.faults
+def test_another_process_pushes_to_what_was_started_again(two: AsyncSGLang, model: Any) -> None:
+    """The owner learns of it by asking: the servers' versions are one again."""
+    scheme = connected_to(two)
+    scheme.send(model)
+    scheme.close()
+    url = two.workers[0].url
+    with pickle.loads(pickle.dumps(two)) as copied:
+        assert len(copied.workers) == 2  # it knew both before
+        two.restart_workers([url])
+        two.restart_workers([])
+        assert two.state is ServiceState.BROKEN
+        two.refresh()
+        assert len(two.workers) == 2
+        theirs = connected_to(copied)
+        theirs.send(perturb(model, seed=53))
+        theirs.close()
+    two.restart_workers([])
+    assert two.state is ServiceState.SYNCED
+    assert {worker.url for worker in two.workers} == {*two.managed_urls}
+    check_each(two, model)
+
+
+@pytest.mark.faults
+def test_two_restarts_at_once(two: AsyncSGLang, model: Any) -> None:
+    """The second is refused; servers that are named twice are started once."""
+    url = two.workers[1].url
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(two.restart_workers, [url, url])
+        time.sleep(1.0)
+        with pytest.raises(ServiceError, match="wait for its end"):
+            two.restart_workers([url])
+        first.result(240.0)
+    scheme = connected_to(two)
+    repaired(two, scheme, model)
+    scheme.close()
+    check_each(two, model)
