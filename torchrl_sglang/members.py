@@ -50,8 +50,11 @@ class Members(abc.ABC):
 
     @property
     def known_version(self) -> int:
-        """The highest version that a server is known to have had; 0 if there is none."""
-        return self._local.seen_version
+        """The version that was pushed last, or the highest that was seen; 0 if there is none."""
+        local = self._local
+        if local.pushed_version is None or local.others_push:
+            return local.seen_version
+        return local.pushed_version
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
