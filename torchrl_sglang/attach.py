@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from .client import ControlClient
 from .config import Timeouts
@@ -94,35 +94,32 @@ def attach(url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
     return Cluster(url=front.url, behind_router=behind_router, workers=workers, infos=infos)
 
 
-def remove_from_router(cluster: Cluster, url: str, keys: Credentials, timeouts: Timeouts) -> None:
-    """Asks the router to forget a server; one that it does not know is no error."""
-    router = client_of(cluster.url, keys, timeouts)
+def remove_from_router(router: ControlClient, url: str) -> None:
+    """Asks a router to forget a server; one that it does not know is no error."""
     with contextlib.suppress(ServiceError):  # its own checks find out, only later
-        for worker in router.get("/workers").get("workers", ()):
-            if str(worker.get("url", "")).rstrip("/") == url:
-                router.delete(f"/workers/{worker['id']}")
+        for worker in _routed(router, url):
+            router.delete(f"/workers/{worker['id']}")
 
 
-def add_to_router(cluster: Cluster, url: str, keys: Credentials, timeouts: Timeouts) -> None:
-    """Has the router send to a server again, as to one that it never saw fail.
+def add_to_router(router: ControlClient, url: str, api_key: str | None, timeout_s: float) -> None:
+    """Has a router send to a server again, as to one that it never saw fail.
 
     Raises:
         ConnectError: the router does not take it.
     """
-    router = client_of(cluster.url, keys, timeouts)
-    deadline = time.monotonic() + timeouts.control_s
-    remove_from_router(cluster, url, keys, timeouts)
-    while url in _routed(router):
+    deadline = time.monotonic() + timeout_s
+    remove_from_router(router, url)
+    while _routed(router, url):
         _wait_for_router(url, deadline)
-    router.post("/workers", {"url": url, "api_key": keys.api_key})
-    while not _routed(router).get(url):
+    router.post("/workers", {"url": url, "api_key": api_key})
+    while not any(worker.get("is_healthy") for worker in _routed(router, url)):
         _wait_for_router(url, deadline)
 
 
-def _routed(router: ControlClient) -> dict[str, bool]:
-    """The workers of a router, and whether it sends to them."""
+def _routed(router: ControlClient, url: str) -> list[dict[str, Any]]:
+    """What a router says of a server."""
     workers = router.get("/workers").get("workers", ())
-    return {str(w.get("url", "")).rstrip("/"): bool(w.get("is_healthy")) for w in workers}
+    return [worker for worker in workers if str(worker.get("url", "")).rstrip("/") == url]
 
 
 def _wait_for_router(url: str, deadline: float) -> None:

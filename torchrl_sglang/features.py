@@ -165,7 +165,8 @@ def parse_features(
             or server_info.get("rl_on_policy_target")
         ),
         sampling_mask_tokens=mask_tokens if has_mask else 0,
-        # Older ones cut a batch's states by whole prompts, as if no prefix of them had been cached.
+        # SGLang before 0.5.17, which has no masks either, cuts a batch's states by whole prompts,
+        # as if no prefix of them had been cached.
         hidden_states=bool(server_info.get("enable_return_hidden_states"))
         and (has_mask or bool(server_info.get("disable_radix_cache"))),
         routed_experts=bool(server_info.get("enable_return_routed_experts")),

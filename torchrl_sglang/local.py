@@ -65,9 +65,8 @@ class LocalResources:
 
     def saw(self, versions: Iterable[str]) -> None:
         """Takes note of versions that servers run; names count for nothing."""
-        self.seen_version = max(
-            self.seen_version, *(int(each) for each in versions if each.isdecimal()), 0
-        )
+        numbers = (int(each) for each in versions if each.isdecimal())
+        self.seen_version = max([self.seen_version, *numbers])
 
     def attached(self, url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
         """The cluster behind ``url``, asked for once."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import abc
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import Any
 
 from .attach import Cluster, Credentials, add_to_router, client_of, read_infos, remove_from_router
 from .client import ControlClient
@@ -15,10 +17,10 @@ from .errors import ConfigError, EngineLostError, LaunchError, PushError, Servic
 from .gate import ServiceState
 from .launch.fleet import Fleet
 from .local import LocalResources
+from .running import answered, ask_versions
 from .threads import in_thread
 
 RESTART = "restart"  # the step that errors name
-ASK_S = 2.0
 
 
 class Members(abc.ABC):
@@ -56,11 +58,14 @@ class Members(abc.ABC):
             return local.seen_version
         return local.pushed_version
 
-    @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """What starts servers again, or gives them weights, does so alone."""
-        with self._local.changing:
-            yield
+    @property
+    def changing(self) -> AbstractContextManager[Any]:
+        """Held by what starts servers again, or gives them weights: it does so alone."""
+        return self._local.changing
+
+    @property
+    def _front(self) -> ControlClient:
+        return client_of(self.cluster.url, self._keys, self.timeouts)
 
     def refresh(self) -> None:
         """Asks the router and the servers again: after workers joined or left.
@@ -84,7 +89,7 @@ class Members(abc.ABC):
             self._local.cluster = cluster.without(url)
             self._local.unrouted.discard(url)
         if cluster.behind_router:
-            remove_from_router(cluster, url, self._keys, self.timeouts)
+            remove_from_router(self._front, url)
 
     def restart_workers(self, urls: Sequence[str]) -> None:
         """Starts managed servers again at their addresses, whether they live or not.
@@ -138,10 +143,10 @@ class Members(abc.ABC):
         urls = tuple(dict.fromkeys(urls))
         fleet = self._fleet_of(urls)
         with self._local.changing:
-            self._local.saw(version for _, version in self._versions())
+            self._versions()  # so that it is known what is about to be gone
             self._local.unrouted.update(urls)
             for url in urls:
-                remove_from_router(self.cluster, url, self._keys, self.timeouts)
+                remove_from_router(self._front, url)
             given_up = threading.Event()
             starts = {
                 url: in_thread(
@@ -201,7 +206,7 @@ class Members(abc.ABC):
         held = self._local.unrouted & {worker.url for worker in self.cluster.workers}
         for url in held:
             try:
-                add_to_router(self.cluster, url, self._keys, self.timeouts)
+                add_to_router(self._front, url, self._keys.api_key, self.timeouts.control_s)
             except ServiceError as error:
                 raise PushError(str(error), step=RESTART, engine=url) from error
             self._local.unrouted.discard(url)
@@ -215,27 +220,19 @@ class Members(abc.ABC):
         if not self._local.adapters_only:  # else the next push brings the adapter
             self.rejoin()
 
-    def _versions(self) -> list[tuple[str, str]]:
-        """URL and version of every server that answers."""
-
-        def ask(worker: ControlClient) -> str:
-            return str(worker.get("/model_info", timeout_s=ASK_S).get("weight_version"))
-
-        asked = [(w.url, in_thread(lambda w=w: ask(w), "ask")) for w in self.cluster.workers]
-        found = []
-        for url, answer in asked:
-            with contextlib.suppress(ServiceError, TimeoutError):
-                found.append((url, answer.result(2 * ASK_S)))
-        return found
+    def _versions(self) -> dict[str, str]:
+        """Version of every server that answers, by URL; they are taken note of."""
+        versions = answered(ask_versions(self.cluster.workers))
+        self._local.saw(versions.values())
+        return versions
 
     def _stale(self) -> EngineLostError | None:
         """Why a server that was started again must not generate yet; None if it may."""
         if self._local.adapters_only:
             return None  # the base weights are the model's own everywhere
         versions = self._versions()
-        self._local.saw(version for _, version in versions)
         newest = self._local.seen_version
-        for url, version in versions:
+        for url, version in versions.items():
             if url in self._local.unrouted and newest and version != str(newest):
                 return EngineLostError(
                     "it was started again, with the model's own files", step=RESTART, engine=url

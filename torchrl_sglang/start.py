@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .attach import Credentials
+from .attach import Credentials, client_of
 from .client import ControlClient
 from .config import Device, ServerConfig, is_count
 from .errors import ConfigError, ServiceError
@@ -122,12 +122,7 @@ def start_fleet(plan: FleetPlan, keys: Credentials) -> Fleet:
     """Starts servers and router and waits until every server takes requests through the router."""
 
     def client(url: str) -> ControlClient:
-        return ControlClient(
-            url,
-            api_key=keys.api_key,
-            admin_api_key=keys.admin_api_key,
-            timeouts=plan.timeouts,
-        )
+        return client_of(url, keys, plan.timeouts)
 
     def router_ready(url: str) -> bool:
         try:

@@ -74,6 +74,12 @@ def needs_version_spans(service: AsyncSGLang) -> None:
         pytest.skip(f"SGLang {service.sglang_version} says one version per request")
 
 
+def needs_xgrammar(what: str) -> None:
+    """Skips a test of what the grammar backend of an old server on a CPU does otherwise."""
+    if CPU_SERVER_ARGS.get("grammar_backend") == "llguidance":
+        pytest.skip(f"llguidance {what}")
+
+
 @torch.no_grad()
 def make_peaked_model(path: Path, *, seed: int = 0) -> Path:
     """A tiny Qwen2 with next-token distributions as peaked as a trained model's.

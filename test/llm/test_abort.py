@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +45,7 @@ from torchrl_sglang.protocol import LogitProcessor, Returns, new_rid
 from torchrl_sglang.rollout.facts import InfoSpec
 from torchrl_sglang.rollout.resumed import _with_extras
 from torchrl_sglang.rollout.row_requests import given_rids
+from torchrl_sglang.threads import in_thread
 
 Connect = Callable[..., SGLangWeightSyncScheme]
 
@@ -75,13 +75,7 @@ def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
 
 def once_running(service: AsyncSGLang, count: int, call: Callable[[], Any]) -> Future[Any]:
     """``call`` in a thread, which returns once the server has so many requests and has begun."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001
-            future.set_exception(error)
+    future: Future[Any] = in_thread(call, "test")
 
     def settled() -> bool:
         """As many as are meant to be left, now and a moment later."""
@@ -90,7 +84,6 @@ def once_running(service: AsyncSGLang, count: int, call: Callable[[], Any]) -> F
         time.sleep(0.2)
         return sum(load(service)) == count
 
-    threading.Thread(target=run, daemon=True).start()
     wait_until(settled)
     return future
 
@@ -767,8 +760,7 @@ def test_extras_of_both_parts(service: AsyncSGLang, mode: Any) -> None:
 
 
 def test_hidden_states_of_both_parts_are_refused_or_joined(service: AsyncSGLang) -> None:
-    if service.info.features.hidden_states:
-        pytest.skip("this server returns hidden states")
+    assert not service.info.features.hidden_states
     with pytest.raises(UnsupportedOptionError, match="hidden states"):
         SGLangWrapper(service, input_mode="tokens", extras=["hidden_states"])(token_rows([5, 6]))
 

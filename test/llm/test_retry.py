@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fault_proxy import Fault, FaultProxy
+from servers import needs
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, Timeouts
 from torchrl_sglang.errors import (
@@ -415,8 +416,7 @@ def test_wrong_extras(
 ) -> None:
     sampling = SamplingParams(max_new_tokens=3, ignore_eos=True, top_k=5)
     request = GenerateRequest(input_ids=(5, 6), sampling=sampling, returns=returns)
-    if returns.sampling_mask and not retrying.info.features.sampling_mask_tokens:
-        pytest.skip("this SGLang returns no sampling mask")
+    needs(retrying, *(["sampling_mask_tokens"] if returns.sampling_mask else []))
     assert retrying.complete([request])  # right as it is
     proxy.faults["/generate"] = extra(name, change)
     with pytest.raises(ResponseError):

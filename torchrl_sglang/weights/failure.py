@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
 from ..client import ControlClient
-from ..errors import EngineLostError, HTTPAnswerError, PushError, ServiceError
+from ..errors import EngineLostError, PushError
 from ..threads import in_thread
+from .revive import silent_at
 from .sending import WireError
 from .watch import broke_connection
 
@@ -100,25 +101,13 @@ def _first_silent(workers: Sequence[ControlClient]) -> str | None:
         if lost := next((w.url for w in workers if not w.listens(LIVENESS_S)), None):
             return lost
         asked_last = time.monotonic() - begun > NOTICE_S
-        asked = {in_thread(lambda w=w: _answers(w), "torchrl_sglang-ask"): w for w in workers}
-        wait(asked, 2 * ANSWER_S)
-        silent = [w.url for one, w in asked.items() if not (one.done() and one.result())]
+        silent = silent_at("/model_info", workers, ANSWER_S)
         if silent:
             return silent[0] if len(silent) == 1 else None
         if asked_last:
             return None
         time.sleep(DYING_POLL_S)
     return None
-
-
-def _answers(worker: ControlClient) -> bool:
-    try:
-        worker.get("/model_info", timeout_s=ANSWER_S)
-    except HTTPAnswerError as error:
-        return error.status is not None
-    except ServiceError:
-        return False
-    return True
 
 
 def _add_stuck(error: PushError, pauses: dict[Future[None], ControlClient]) -> None:

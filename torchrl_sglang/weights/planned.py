@@ -32,6 +32,7 @@ class Plan:
         verifier: proves afterwards that it arrived.
         version: the weights' new version.
         partial: the servers keep what is not sent.
+        repairs: the push before failed, and may have left servers dead or stuck.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -39,7 +40,8 @@ class Plan:
     buckets: list[Bucket]
     verifier: Verifier
     version: int
-    partial: bool = False
+    partial: bool
+    repairs: bool
 
 
 def make_plan(
@@ -53,6 +55,7 @@ def make_plan(
     verifies: bool,
     copy: bool,
     partial: bool = False,
+    repairs: bool = False,
 ) -> Plan:
     """Reads and checks the weights.
 
@@ -67,6 +70,7 @@ def make_plan(
         copy: the push runs while the trainer goes on: take a copy of the weights, and compute now
             what is needed of the model.
         partial: a part of the model's parameters is pushed, the others stay as they are.
+        repairs: the push before failed.
 
     Raises:
         NotConnectedError: there are no weights.
@@ -103,6 +107,7 @@ def make_plan(
         verifier=verifier,
         version=version,
         partial=partial,
+        repairs=repairs,
     )
 
 

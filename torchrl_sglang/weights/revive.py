@@ -13,6 +13,7 @@ from ..threads import in_thread
 # What is asked is answered in milliseconds by a server whose scheduler lives, paused or not. One
 # that computes a long prompt takes longer; one that is stuck in NCCL never answers.
 ALIVE_S = 10.0
+LAG_S = 1.5  # of a time-out that counts from the connection
 
 
 def to_revive(service: Any, suspects: Collection[str] = ()) -> tuple[str, ...]:
@@ -24,32 +25,34 @@ def to_revive(service: Any, suspects: Collection[str] = ()) -> tuple[str, ...]:
     """
     managed = service.managed_urls
     workers = [worker for worker in service.cluster.workers if worker.url in managed]
-    silent = lifeless([worker for worker in workers if worker.url not in suspects])
+    asked = [worker for worker in workers if worker.url not in suspects]
+    silent = silent_at("/server_info", asked, ALIVE_S)  # which asks every scheduler
     return tuple(w.url for w in workers if w.url in suspects or w.url in silent)
 
 
-def is_stuck(error: BaseException, service: Any) -> bool:
-    """Whether an engine that answers is stuck all the same: it takes no part in a new NCCL group.
+def stuck_engine(error: BaseException, service: Any) -> str | None:
+    """URL of an engine that may answer and is stuck all the same: it joins no new NCCL group.
 
     Its broadcasts are queued on the GPU behind one that never ends.
     """
-    late = isinstance(error, PushTimeoutError) and error.step == "init"
-    return late and service.info.device != "cpu"
+    if service.info.device == "cpu" or not isinstance(error, PushTimeoutError):
+        return None
+    return error.engine if error.step == "init" else None
 
 
-def lifeless(workers: Sequence[ControlClient]) -> tuple[str, ...]:
-    """URLs of the servers whose schedulers don't answer within `ALIVE_S`."""
+def silent_at(path: str, workers: Sequence[ControlClient], timeout_s: float) -> list[str]:
+    """URLs of the servers that answer nothing to a GET within ``timeout_s``, not even an error."""
     asked = {
-        worker.url: in_thread(lambda w=worker: _lives(w), "torchrl_sglang-ask")
+        in_thread(lambda w=worker: _answers(w, path, timeout_s), "torchrl_sglang-ask"): worker.url
         for worker in workers
     }
-    wait(asked.values(), ALIVE_S + 1.0)
-    return tuple(url for url, answer in asked.items() if not (answer.done() and answer.result()))
+    wait(asked, timeout_s + LAG_S)
+    return [url for answer, url in asked.items() if not (answer.done() and answer.result())]
 
 
-def _lives(worker: ControlClient) -> bool:
+def _answers(worker: ControlClient, path: str, timeout_s: float) -> bool:
     try:
-        worker.get("/server_info", timeout_s=ALIVE_S)  # which asks every scheduler
+        worker.get(path, timeout_s=timeout_s)
     except HTTPAnswerError as error:
         return error.status is not None
     except ServiceError:

@@ -27,7 +27,7 @@ from .expected import expected_model
 from .failure import after_failure
 from .planned import Plan, make_plan
 from .result import Course, PushResult
-from .revive import is_stuck, to_revive
+from .revive import stuck_engine, to_revive
 from .sharded import ShardedWeights
 from .streams import handed_over
 from .versions import served_version
@@ -39,7 +39,6 @@ class WeightPusher(Connection):
     def __init__(self, service: Any, **kwargs: Any) -> None:
         super().__init__(service, **kwargs)
         self._running: Future[PushResult] | None = None
-        self._repairs = False
         self._stuck: set[str] = set()
 
     def close(self) -> None:
@@ -147,8 +146,8 @@ class WeightPusher(Connection):
                 "the weight sync is not connected: call scheme.connect() (a collector does it "
                 "when the scheme is given to it) before pushing."
             )
-        self._repairs = self._service.state is ServiceState.BROKEN
-        if partial and self._repairs:
+        repairs = self._service.state is ServiceState.BROKEN
+        if partial and repairs:
             raise WeightsError(
                 "a part of the weights can't repair a service whose last push failed: push the "
                 "whole model."
@@ -164,6 +163,7 @@ class WeightPusher(Connection):
             verifies=self.config.verify != "never",
             copy=copy,
             partial=partial,
+            repairs=repairs,
         )
         if isinstance(plan.weights, ShardedWeights):
             tied = expected_model(self.model_path).tied
@@ -189,7 +189,7 @@ class WeightPusher(Connection):
                 self._service.gate.fail(sys.exception() or RuntimeError("the push was given up"))
 
     def _carried_out(self, plan: Plan) -> PushResult:
-        with self._service.changing(), self._broken_unless_done():
+        with self._service.changing, self._broken_unless_done():
             self._service.gate.begin()
             result = self._tried(plan)
             self._service.rejoin()
@@ -199,7 +199,7 @@ class WeightPusher(Connection):
 
     def _tried(self, plan: Plan) -> PushResult:
         course = Course()
-        if self._repairs:
+        if plan.repairs:
             self._revive(course)
         while True:
             try:
@@ -210,8 +210,8 @@ class WeightPusher(Connection):
                 if isinstance(plan.weights, ShardedWeights):
                     plan.weights.drain()
                 error = after_failure(raised, self._workers, in_session=in_session)
-                if is_stuck(error, self._service) and isinstance(error, PushError):
-                    self._stuck.update(filter(None, [error.engine]))
+                if stuck := stuck_engine(error, self._service):
+                    self._stuck.add(stuck)
                 if self._goes_on(error, plan, course):
                     continue
                 if error is raised:

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import wait
 from typing import Any
 
-from ..completions import INITIAL_VERSION
 from ..errors import ConfigError, VersionError
-from ..threads import in_thread
+from ..running import ASK_S, answered, ask_versions
 from .watch import watch
-
-ASK_S = 2.0
 
 
 def served_version(service: Any) -> int:
     """The highest version that a server of ``service`` runs, by asking them all, or has run.
 
     Weights that a server loaded itself, and those that somebody gave a name instead of a number,
-    count as 0, but never for less than what was pushed through ``service``, or seen by it: a server
-    may have been started again since. A server that does not answer is passed over where another
-    does: the push will tell.
+    count as 0, but never for less than ``service`` knows of: a server may have been started again
+    since. A server that does not answer is passed over where another does: the push will tell.
 
     Raises:
         PushError: no server answers, and this process did not start them.
     """
-
-    def ask(worker: Any) -> str:
-        answer = worker.get("/model_info", timeout_s=ASK_S)
-        return str(answer.get("weight_version", INITIAL_VERSION))
-
-    workers = service.cluster.workers
-    asked = {in_thread(lambda w=w: ask(w), "torchrl_sglang-ask"): w.url for w in workers}
-    wait(asked, 2 * ASK_S)
-    answers = [one.result() for one in asked if one.done() and one.exception() is None]
+    asked = ask_versions(service.cluster.workers)
+    answers = answered(asked).values()
     if not answers and not service.managed:  # a push can start those again
         watch(asked, step="ask", timeout_s=ASK_S)
     known: int = service.known_version
