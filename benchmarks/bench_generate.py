@@ -141,7 +141,7 @@ def torchrls(
 
 
 def measure(
-    runs: dict[str, Run], repeats: int, before: Callable[[], None]
+    runs: dict[str, Run], repeats: dict[str, int], before: Callable[[], None]
 ) -> dict[str, list[float]]:
     """Tokens per second of each repeat, after one warm-up each.
 
@@ -150,8 +150,10 @@ def measure(
     for run in runs.values():
         run()
     speeds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
+    for index in range(max(repeats.values())):
         for name, run in runs.items():
+            if index >= repeats[name]:
+                continue
             before()
             start = time.perf_counter()
             num_tokens = run()
@@ -237,7 +239,10 @@ class Benchmark:
         self._add(f"samples, {count} each", num_prompts, new_tokens, speeds, [])
 
     def _measure(self, runs: dict[str, Run]) -> dict[str, list[float]]:
-        return measure(runs, self.args.repeats, self.service.flush_cache)
+        repeats = dict.fromkeys(runs, self.args.repeats)
+        if "torchrl" in runs:
+            repeats["torchrl"] = self.args.torchrl_repeats or self.args.repeats
+        return measure(runs, repeats, self.service.flush_cache)
 
     def _add(
         self,
@@ -258,7 +263,8 @@ class Benchmark:
                 "new_tokens": new_tokens,
                 "endpoint": "server" if name == "torchrl" or "no router" in name else "router",
             }
-            self.rows.append(row)
+            self.rows.append({**row, **where(self.args, self.service)})
+        self._write()  # after each comparison: the next one may take minutes
         best = next(iter(speeds))
         for name, values in speeds.items():
             ratio = statistics.median(speeds[best]) / statistics.median(values)
@@ -267,6 +273,11 @@ class Benchmark:
                 f"{statistics.median(values):10.0f} tokens/s  ({ratio:.3f}x for {best!r})",
                 flush=True,
             )
+
+    def _write(self) -> None:
+        if self.args.out:
+            self.args.out.parent.mkdir(parents=True, exist_ok=True)
+            self.args.out.write_text(json.dumps(self.rows, indent=2) + "\n")
 
     def close(self) -> None:
         self.bare.close()
@@ -310,6 +321,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--torchrl-prompts", type=int, help="fewer prompts for torchrl's wrapper")
+    parser.add_argument("--torchrl-repeats", type=int, help="fewer repeats for it, as it is slow")
     parser.add_argument("--no-torchrl", dest="torchrl", action="store_false")
     parser.add_argument("--forms", action="store_true", help="compare forms of a request too")
     parser.add_argument("--samples", action="store_true", help="compare ways to several samples")
@@ -356,10 +368,6 @@ def main() -> None:
                     benchmark.samples(max(1, cases[0][0] // 8), 8, cases[0][1])
             finally:
                 benchmark.close()
-                rows = [{**row, **where(args, service)} for row in benchmark.rows]
-                if args.out:
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    args.out.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Does it work over NCCL? A trainer on GPU 0 pushes into a managed server on GPU 1.
+"""Every way of weights into servers on GPUs, checked by log-probs: does each arrive everywhere?
 
     python benchmarks/check_gpu.py --out benchmarks/results/check_gpu.json
+    python benchmarks/check_gpu.py --ways tensor tensor_tp2
 
-Not a benchmark of speed: it checks that log-probs match before and after pushes, and that an engine
-that refuses in mid-push neither hangs the trainer nor spoils the next push. Needs two GPUs and
-SGLang; makes its own model from a config, with random weights.
+Not a benchmark of speed. The trainer is on GPU 0; most ways need a second GPU. Models are made from
+a config, with random weights. With ``--device cpu`` ways of one rank go over gloo or shared memory.
 """
 
 from __future__ import annotations
@@ -15,158 +15,189 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gpu_checks import about, error, make_dense, make_moe, perturb, serve
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, WeightSyncConfig
-from torchrl_sglang.errors import PushError, RequestRefusedError
 
-SIZES = {
-    "tiny": {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512},
-    "0.5b": {"hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864},
+LORA_OPTIONS = {
+    "enable_lora": True,
+    "max_lora_rank": 16,
+    "lora_target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"],
 }
-SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
 
 
-def make_model(folder: str, size: str) -> Qwen2ForCausalLM:
-    config = Qwen2Config(
-        **SIZES[size],
-        vocab_size=151936,
-        num_attention_heads=SIZES[size]["hidden_size"] // 64,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        dtype=torch.bfloat16,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda:0"):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
-    model.save_pretrained(folder)
-    return model
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One kind of server, and how weights should get there.
+
+    Attributes:
+        gpus: the server's GPUs; the trainer's is 0.
+        expected: what ``method="auto"`` has to choose.
+        options: of the server.
+        make: writes the model.
+        config: further options of the push.
+    """
+
+    gpus: list[int]
+    expected: str
+    options: dict[str, Any] = field(default_factory=dict)
+    make: Callable[[str, str], Any] = make_dense
+    config: dict[str, Any] = field(default_factory=dict)
 
 
-@torch.no_grad()
-def perturb(model: Any, scale: float = 0.1) -> None:
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * scale * parameter.std())
+TP2 = {"tp_size": 2}
+WAYS = {
+    "broadcast": Way(gpus=[1], expected="broadcast"),
+    "broadcast_flattened": Way(gpus=[1], expected="broadcast", config={"layout": "flattened"}),
+    "in_place": Way(gpus=[1], expected="broadcast", config={"pause_mode": "in_place"}),
+    "tensor": Way(gpus=[0], expected="tensor"),
+    "tensor_other_gpu": Way(gpus=[1], expected="tensor", config={"method": "tensor"}),
+    "tensor_tp2": Way(gpus=[0, 1], expected="tensor", options=TP2),
+    "dp_attention": Way(
+        gpus=[0, 1],
+        expected="tensor",
+        options={**TP2, "dp_size": 2, "enable_dp_attention": True},
+        make=make_moe,
+    ),
+    "expert_parallel": Way(
+        gpus=[0, 1], expected="tensor", options={**TP2, "ep_size": 2}, make=make_moe
+    ),
+    "disk_pp2": Way(gpus=[0, 1], expected="disk", options={"pp_size": 2}),
+    "disk_dp2": Way(gpus=[0, 1], expected="disk", options={"dp_size": 2}),
+    "disk_tp2": Way(gpus=[0, 1], expected="disk", options=TP2, config={"method": "disk"}),
+    "lora": Way(gpus=[1], expected="lora", options=LORA_OPTIONS, config={"method": "lora"}),
+}
 
 
-@torch.no_grad()
-def error(service: AsyncSGLang, model: Any) -> float:
-    """Largest difference of reported and Hugging Face log-probs, over 512 tokens."""
-    prompts = [[10 + i, 200 + 3 * i, 77, 1000 + i] for i in range(32)]
-    worst = 0.0
-    for prompt, completion in zip(prompts, service.generate(prompts, SAMPLING), strict=True):
-        ids = torch.tensor([prompt + completion.output_ids], device="cuda:0")
-        scores = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-        ours = scores.gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
-        worst = max(worst, (ours - torch.tensor(completion.log_probs)).abs().max().item())
-    return worst
-
-
-def refused_push(scheme: SGLangWeightSyncScheme, model: Any) -> dict[str, Any]:
-    """A push whose announcement is refused while the trainer is in the broadcast already."""
-    worker = scheme.service.workers[0]
-    post = worker.post
-
-    def refuse(path: str, *args: Any, **kwargs: Any) -> Any:
-        if path == "/update_weights_from_distributed":
-            time.sleep(0.5)  # by now the trainer waits in NCCL
-            raise RequestRefusedError("refused for the test", status=400)
-        return post(path, *args, **kwargs)
-
-    worker.post = refuse
-    start = time.perf_counter()
-    try:
-        scheme.send(model)
-        raised = "nothing"
-    except PushError as failure:
-        raised = f"{failure.step}, bucket {failure.bucket}"
-    finally:
-        worker.post = post
-    return {"refused_raised": raised, "refused_s": round(time.perf_counter() - start, 3)}
-
-
-def check(service: AsyncSGLang, model: Any, num_pushes: int) -> dict[str, Any]:
-    result: dict[str, Any] = {"error_at_start": error(service, model)}
-    scheme = SGLangWeightSyncScheme(
-        service, device="cuda:0", config=WeightSyncConfig(probe_tolerance=0.1)
-    )
+def push_base(way: Way, service: AsyncSGLang, model: Any, num_pushes: int) -> dict[str, Any]:
+    """Pushes several times; what was served before and after."""
+    config = WeightSyncConfig(probe_tolerance=0.1, bucket_bytes=1 << 20, **way.config)
+    scheme = SGLangWeightSyncScheme(service, device=_device(model), config=config)
     scheme.init_on_sender()
     start = time.perf_counter()
     scheme.connect()
-    result["connect_s"] = time.perf_counter() - start
-    totals, transfers = [], []
+    connect_s = time.perf_counter() - start
+    before, after, pushes = [], [], []
     for _ in range(num_pushes):
         perturb(model)
-        stale = error(service, model)
+        before.append(error(service, model))
         scheme.send(model)
-        push = scheme.last_push
-        totals.append(push.total_s)
-        transfers.append(push.step_s["transfer"])
-    result |= {
-        "error_before_push": stale,
-        "error_after_push": error(service, model),
-        "verified_by": push.verified_by,
-        "push_s_first": totals[0],
-        "push_s_median": statistics.median(totals[1:]),
-        "transfer_s_median": statistics.median(transfers[1:]),
-        "num_bytes": push.num_bytes,
-        "step_s_last": dict(push.step_s),
-    }
-    perturb(model)
-    result |= refused_push(scheme, model)
-    result["state_after_refusal"] = service.state.value
-    start = time.perf_counter()
-    scheme.send(model)
-    result["repair_s"] = time.perf_counter() - start
-    result["error_after_repair"] = error(service, model)
+        pushes.append(scheme.last_push)
+        after.append(error(service, model))
     scheme.close()
-    return result
+    last = pushes[-1]
+    return {
+        "method": last.method,
+        "reason": last.reason,
+        "layout": last.layout,
+        "verified_by": last.verified_by,
+        "num_buckets": last.num_buckets,
+        "connect_s": round(connect_s, 3),
+        "push_s_median": statistics.median(p.push_s for p in pushes),
+        "error_before": before,
+        "error_after": after,
+    }
+
+
+def push_adapter(way: Way, service: AsyncSGLang, model: Any, num_pushes: int) -> dict[str, Any]:
+    """Pushes a LoRA adapter of changing values; compared with the model that it is merged into."""
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    modules = LORA_OPTIONS["lora_target_modules"]
+    peft_model = get_peft_model(
+        copy.deepcopy(model),
+        LoraConfig(r=8, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM"),
+    )
+    config = WeightSyncConfig(probe_tolerance=0.1, **way.config)
+    scheme = SGLangWeightSyncScheme(service, device=_device(model), config=config)
+    scheme.init_on_sender()
+    scheme.connect()
+    before, after, pushes = [error(service, model)], [], []
+    for _ in range(num_pushes):
+        with torch.no_grad():
+            for name, parameter in peft_model.named_parameters():
+                if ".lora_" in name:
+                    parameter.copy_(torch.randn_like(parameter) * 0.1)
+        merged = copy.deepcopy(peft_model).merge_and_unload()
+        before.append(error(service, merged, None if not pushes else config.adapter_name))
+        scheme.send(peft_model)
+        pushes.append(scheme.last_push)
+        after.append(error(service, merged, config.adapter_name))
+    scheme.close()
+    return {
+        "method": pushes[-1].method,
+        "reason": pushes[-1].reason,
+        "verified_by": pushes[-1].verified_by,
+        "push_s_median": statistics.median(p.push_s for p in pushes),
+        "error_before": before[1:],
+        "error_after": after,
+        "error_of_base": [before[0], error(service, model)],
+    }
+
+
+def _device(model: Any) -> str | None:
+    return str(model.device) if model.device.type == "cuda" else None
+
+
+def check(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: what was pushed how, and whether it arrived."""
+    way = WAYS[name]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        model = way.make(folder, "cpu" if args.device == "cpu" else "cuda:0")
+        with serve(folder, args.device, way.gpus, log_dir=_logs(args, name), **way.options) as to:
+            row = {"way": name, "start_s": round(time.perf_counter() - start, 1)}
+            row["error_at_start"] = error(to, model)
+            push = push_adapter if way.expected == "lora" else push_base
+            row |= push(way, to, model, args.pushes)
+            row |= about(to, args.device, "check_gpu.py")
+    row["arrived"] = all(
+        # The adapter's first values were never served before: then the base model is asked.
+        new < args.tolerance < old
+        for old, new in zip(row["error_before"], row["error_after"], strict=True)
+    )
+    row["as_expected"] = args.device == "cpu" or row["method"] == way.expected
+    return row
+
+
+def _logs(args: argparse.Namespace, name: str) -> Path | None:
+    return None if args.log_dir is None else args.log_dir / name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--size", choices=SIZES, default="0.5b")
-    parser.add_argument("--pushes", type=int, default=6)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--pushes", type=int, default=3)
+    parser.add_argument("--tolerance", type=float, default=0.1, help="of log-probs")
     parser.add_argument("--log-dir", type=Path)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_model(folder, args.size)
-        start = time.perf_counter()
-        with AsyncSGLang.from_pretrained(
-            folder,
-            device="cuda",
-            cuda_devices=[1],
-            log_dir=args.log_dir,
-            skip_tokenizer_init=True,
-            attention_backend="triton",
-            sampling_backend="pytorch",
-            mem_fraction_static=0.5,
-            disable_cuda_graph=True,
-        ) as service:
-            result = {
-                "size": args.size,
-                "gpu": torch.cuda.get_device_name(0),
-                "sglang": service.sglang_version,
-                "router": service.router_version,
-                "torch": torch.__version__,
-                "torchrl": version("torchrl"),
-                "command": " ".join(["python", "benchmarks/check_gpu.py", *sys.argv[1:]]),
-                "start_s": time.perf_counter() - start,
-                **check(service, model, args.pushes),
-            }
-    print(json.dumps(result, indent=2))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    rows = []
+    for name in args.ways:
+        try:
+            rows.append(check(name, args))
+        except Exception as failure:  # noqa: BLE001
+            traceback.print_exc()
+            rows.append({"way": name, "failed": f"{type(failure).__name__}: {failure}"[:2000]})
+        print(json.dumps(rows[-1]), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    sys.exit(not all(row.get("arrived") and row["as_expected"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -166,6 +166,11 @@ class Broadcast(Carrier):
                 raise
             said = f"the first broadcast over NCCL did not get through: {error}. {NCCL_HELP}"
             raise type(error)(said, step="init", engine=error.engine) from error
+        try:
+            self._engines.wait_for_gpus("init")
+        except BaseException:
+            self.drop()
+            raise
 
     # Sending
 

@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 from ..client import ControlClient
-from ..errors import RequestRefusedError, ServiceError
+from ..errors import PushTimeoutError, RequestRefusedError, ServiceError
 from ..info import WorkerInfo
+from .revive import waits_for_gpu
 from .watch import watch
 
 Call = Callable[[ControlClient], Any]
@@ -21,6 +22,10 @@ Call = Callable[[ControlClient], Any]
 # How long a session that somebody else opened is waited for, before it is taken for a dead one's.
 TAKE_OVER_S = 1.0
 TAKE_OVER_POLL_S = 0.05
+STUCK_GPU = (
+    "what it was given before. If it is stuck, as in the broadcast of a trainer that died, it has "
+    "to be started again: connecting does so, where this process started it."
+)
 
 
 class Courier:
@@ -186,6 +191,23 @@ class Engines:
 
         self.do("flush", flush, self.step_s)
         return not refused
+
+    def wait_for_gpus(self, step: str) -> None:
+        """Returns once every GPU is done with what it was given, where servers tell.
+
+        One that is stuck in a broadcast takes part in new groups, and does nothing of what comes
+        after: it is found out here, or by whatever waits for it next.
+
+        Raises:
+            PushError: a server failed, or did not get done in time.
+        """
+        if not all(info.capabilities.checksum for info in self.infos):
+            return
+        try:
+            self.do(step, lambda worker: waits_for_gpu(worker, self.timeout_s))
+        except PushTimeoutError as error:
+            said = f"its GPU did not get done within {self.timeout_s:g} s with {STUCK_GPU}"
+            raise PushTimeoutError(said, step=step, engine=error.engine) from error
 
     def set_version(self, version: int) -> None:
         """Tells every server the number of its weights; errors as in `do`."""

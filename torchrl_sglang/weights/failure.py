@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from ..client import ControlClient
 from ..errors import EngineLostError, PushError
 from ..threads import in_thread
-from .revive import silent_at
+from .revive import needs_no_scheduler, silent_at
 from .sending import WireError
 from .watch import broke_connection
 
@@ -101,7 +101,7 @@ def _first_silent(workers: Sequence[ControlClient]) -> str | None:
         if lost := next((w.url for w in workers if not w.listens(LIVENESS_S)), None):
             return lost
         asked_last = time.monotonic() - begun > NOTICE_S
-        silent = silent_at("/model_info", workers, ANSWER_S)
+        silent = silent_at(needs_no_scheduler, workers, ANSWER_S)
         if silent:
             return silent[0] if len(silent) == 1 else None
         if asked_last:

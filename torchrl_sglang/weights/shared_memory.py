@@ -15,7 +15,7 @@ import os
 import pickle
 import select
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,42 @@ def allocate_shared(num_bytes: int) -> torch.Tensor:
     buffer = torch.empty(num_bytes, dtype=torch.uint8)
     buffer.untyped_storage()._share_filename_cpu_()
     return buffer
+
+
+def allocate_on_gpu(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """A buffer that other processes of this machine can open, 1-D uint8 on a GPU."""
+    with _no_expandable_segments():
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+@contextlib.contextmanager
+def _no_expandable_segments() -> Iterator[None]:
+    """Allocates as without ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``.
+
+    Such memory is shared by a file descriptor that servers may not fetch. What is given replaces
+    all settings, so all are given.
+    """
+    settings = _allocator_settings()
+    fixed = settings.replace("expandable_segments:True", "expandable_segments:False")
+    if fixed == settings:
+        yield
+        return
+    # The function of older releases warns in newer ones.
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    change = change or torch.cuda.memory._set_allocator_settings
+    change(fixed)
+    try:
+        yield
+    finally:
+        change(settings)
+
+
+def _allocator_settings() -> str:
+    read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    if read is not None:
+        return str(read())
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return next((os.environ[name] for name in names if name in os.environ), "")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from .engines import Engines
 from .payload import NUM_BUFFERS, Payloads
 from .plan import FLATTENED, Bucket, plan_ranks
 from .result import StepTimer
-from .shared_memory import allocate_shared, shared_message
+from .shared_memory import allocate_on_gpu, allocate_shared, shared_message
 from .watch import push_error, watch
 
 ROUTE = "/update_weights_from_tensor"
@@ -30,7 +30,8 @@ Call = Callable[[ControlClient], None]
 class TensorCarrier(Carrier):
     """Lets servers of this machine read buckets from the trainer's memory: a GPU's, or the CPU's.
 
-    A bucket is filled while servers load the one before. Servers need no memory of their own.
+    A bucket is filled while servers load the one before. Servers need no memory of their own: torch
+    gives up a handle only once what was read through it has been copied, and so a server answers.
 
     Args:
         engines: the servers.
@@ -65,7 +66,7 @@ class TensorCarrier(Carrier):
         weakref.finalize(self, self._buffers.clear)
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
-        """Makes the buffers, which later pushes use again; see `Carrier.prepare`."""
+        """Makes the buffers; see `Carrier.prepare`. Those on a CPU serve later pushes too."""
         size = max(bucket.num_bytes for bucket in buckets)
         count = min(NUM_BUFFERS, len(buckets))
         if len(self._buffers) >= count and self._buffers[0].numel() >= size:
@@ -102,6 +103,10 @@ class TensorCarrier(Carrier):
                     self._wait(asked, buckets, index - 1)
                 asked = self._engines.ask(partial(_call_own, calls))
             self._wait(asked, buckets, len(buckets) - 1)
+        if self._device.type == "cuda":
+            # Torch remembers each time that memory was shared until it is given back, and what the
+            # allocator keeps of it serves the trainer's step meanwhile.
+            self._buffers.clear()
         return "flattened"
 
     def _wait(
@@ -124,7 +129,7 @@ class TensorCarrier(Carrier):
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
         if self._device.type == "cuda":
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            return allocate_on_gpu(num_bytes, self._device)
         return allocate_shared(num_bytes)
 
     def drop(self) -> None:
