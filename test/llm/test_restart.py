@@ -6,16 +6,34 @@ import copy
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fault_proxy import Fault, FaultProxy
 
-from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
-from torchrl_sglang.errors import ConfigError, LaunchError, PortTakenError, ServiceError
+from torchrl_sglang import (
+    AsyncSGLang,
+    ServiceState,
+    SGLangWeightSyncScheme,
+    Timeouts,
+    WeightSyncConfig,
+)
+from torchrl_sglang.errors import (
+    ConfigError,
+    LaunchError,
+    PortTakenError,
+    PushTimeoutError,
+    ServiceError,
+)
 from torchrl_sglang.launch.guard import session_members
 from torchrl_sglang.launch.ports import wait_until_free
 from torchrl_sglang.launch.process import ChildProcess
+from torchrl_sglang.weights import revive
+from torchrl_sglang.weights.engines import Engines
 
 
 def test_servers_of_others_are_not_started_again(attached: AsyncSGLang) -> None:
@@ -55,6 +73,75 @@ def test_not_in_the_middle_of_a_push(service: AsyncSGLang) -> None:
 def test_an_adapter_push_has_no_base_weights() -> None:
     with pytest.raises(ConfigError, match="no base weights"):
         WeightSyncConfig(method="lora", lost_engines="restart")
+
+
+# A GPU that is stuck: its scheduler answers until it is told to wait for the GPU. Over gloo nothing
+# gets stuck so, and a proxy keeps the answer back. benchmarks/check_gpu_faults.py has real ones.
+
+
+@pytest.fixture
+def engines(proxied: AsyncSGLang) -> Iterator[Engines]:
+    made = Engines(proxied.workers, proxied.cluster.infos, timeout_s=0.5)
+    yield made
+    made.close()
+
+
+def test_a_gpu_that_is_done_with_everything(engines: Engines, proxy: FaultProxy) -> None:
+    engines.wait_for_gpus("init")
+    assert [path for path, _ in proxy.seen] == ["/weights_checker"]
+    proxy.faults["/weights_checker"] = Fault(status=400)
+    engines.wait_for_gpus("init")  # it says no, but it says something
+
+
+def test_a_gpu_that_is_stuck(engines: Engines, proxy: FaultProxy) -> None:
+    proxy.faults["/weights_checker"] = Fault(delay_s=30.0)
+    with pytest.raises(PushTimeoutError, match="has to be started again") as caught:
+        engines.wait_for_gpus("init")
+    assert (caught.value.engine, caught.value.step) == (proxy.url, "init")
+
+
+def test_a_server_that_can_not_be_asked(engines: Engines, proxy: FaultProxy) -> None:
+    """An old one has no route that waits for the GPU."""
+    [info] = engines.infos
+    old = replace(info, capabilities=replace(info.capabilities, checksum=False))
+    engines.infos = (old,)
+    engines.wait_for_gpus("init")
+    assert not proxy.seen
+
+
+@pytest.mark.parametrize(
+    ("device", "managed", "fault", "found"),
+    [
+        ("cuda", True, None, False),
+        ("cuda", True, "/weights_checker", True),
+        ("cuda", True, "/server_info", True),
+        ("cuda", False, "/weights_checker", False),
+        ("cpu", True, "/weights_checker", False),
+        ("cpu", True, "/server_info", True),
+    ],
+)
+def test_which_servers_are_started_again(
+    proxied: AsyncSGLang,
+    proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    managed: bool,
+    fault: str | None,
+    found: bool,
+) -> None:
+    monkeypatch.setattr(revive, "ALIVE_S", 0.5)
+    monkeypatch.setattr(revive, "LAG_S", 0.2)
+    if fault is not None:
+        proxy.faults[fault] = Fault(delay_s=30.0)
+    service = SimpleNamespace(
+        managed_urls={proxy.url} if managed else set(),
+        timeouts=Timeouts(control_s=0.5),
+        cluster=SimpleNamespace(
+            workers=proxied.workers,
+            infos=[replace(info, device=device) for info in proxied.cluster.infos],
+        ),
+    )
+    assert revive.to_revive(service) == ((proxy.url,) if found else ())
 
 
 def test_a_port_is_waited_for() -> None:

@@ -262,6 +262,20 @@ def test_an_answer_is_read_in_order_of_ranks_and_without_drafts(form: Any) -> No
         assert all(set(rank.checksums) == {"a", "drafting"} for rank in ranks)
 
 
+@pytest.mark.parametrize("tp_ranks", [(0, 1), (0, 1, 0, 1), (1, 1, 0, 0)])
+def test_ranks_of_data_parallel_attention_may_come_once_per_part(tp_ranks: tuple[int]) -> None:
+    answer = answered(*({"tp_rank": rank} for rank in tp_ranks))
+    ranks = parse_checksums(answer, 2, {1, 2})
+    assert [rank.tp_rank for rank in ranks] == sorted(tp_ranks)
+
+
+@pytest.mark.parametrize("tp_ranks", [(0, 0), (0, 1, 1), (0, 1) * 3])
+def test_ranks_that_do_not_come_equally_often(tp_ranks: tuple[int]) -> None:
+    answer = answered(*({"tp_rank": rank} for rank in tp_ranks))
+    with pytest.raises(ValueError, match="instead of 0 to 1, 2 times each"):
+        parse_checksums(answer, 2, {1, 2})
+
+
 @pytest.mark.parametrize(
     ("answer", "match"),
     [

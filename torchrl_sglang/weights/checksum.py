@@ -9,7 +9,7 @@ Elsewhere, engines that got the same broadcast can at least be compared with eac
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +38,19 @@ class RankChecksums:
     checksums: Mapping[str, str]
 
 
-def parse_checksums(answer: Any, tp_size: int, num_copies: int = 1) -> list[RankChecksums]:
+def parse_checksums(
+    answer: Any, tp_size: int, num_copies: Collection[int] = (1,)
+) -> list[RankChecksums]:
     """Reads an answer to ``{"action": "checksum"}``, in the order of the ranks.
 
     Args:
         answer: the JSON.
         tp_size: tensor-parallel ranks of the server.
-        num_copies: data-parallel replicas within it, each with all of these.
+        num_copies: how often each rank may be in it: once for each data-parallel replica, and also
+            for each part that attention is divided into.
 
     Raises:
-        ValueError: it is not one, or not every rank is in it exactly once.
+        ValueError: it is not one, or not every rank is in it, as often as the others.
     """
     try:
         ranks = [
@@ -61,8 +64,9 @@ def parse_checksums(answer: Any, tp_size: int, num_copies: int = 1) -> list[Rank
         raise ValueError(f"no checksums in {str(answer)[:200]!r}") from error
     ranks.sort(key=lambda rank: rank.tp_rank)
     found = [rank.tp_rank for rank in ranks]
-    if found != sorted([*range(tp_size)] * num_copies):
-        times = f", {num_copies} times each" if num_copies > 1 else ""
+    if not any(found == sorted([*range(tp_size)] * copies) for copies in num_copies):
+        most = max(num_copies)
+        times = f", {most} times each" if most > 1 else ""
         raise ValueError(f"checksums of ranks {found} instead of 0 to {tp_size - 1}{times}")
     return ranks
 

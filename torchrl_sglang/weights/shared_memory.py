@@ -52,12 +52,12 @@ def allocate_shared(num_bytes: int) -> torch.Tensor:
 
 def allocate_on_gpu(num_bytes: int, device: torch.device) -> torch.Tensor:
     """A buffer that other processes of this machine can open, 1-D uint8 on a GPU."""
-    with _no_expandable_segments():
+    with no_expandable_segments():
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 @contextlib.contextmanager
-def _no_expandable_segments() -> Iterator[None]:
+def no_expandable_segments() -> Iterator[None]:
     """Allocates as without ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``.
 
     Such memory is shared by a file descriptor that servers may not fetch. What is given replaces
@@ -68,14 +68,18 @@ def _no_expandable_segments() -> Iterator[None]:
     if fixed == settings:
         yield
         return
-    # The function of older releases warns in newer ones.
-    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    change = change or torch.cuda.memory._set_allocator_settings
-    change(fixed)
+    change_allocator(fixed)
     try:
         yield
     finally:
-        change(settings)
+        change_allocator(settings)
+
+
+def change_allocator(settings: str) -> None:
+    """Gives torch's allocator all its settings anew, as in ``PYTORCH_CUDA_ALLOC_CONF``."""
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    change = change or torch.cuda.memory._set_allocator_settings  # which newer releases warn of
+    change(settings)
 
 
 def _allocator_settings() -> str:

@@ -155,7 +155,9 @@ class Verifier:
         body = {"action": "checksum"}
         given = engines.collect("verify", lambda worker: worker.post("/weights_checker", body))
         answers = [
-            _parsed(info.url, parse_checksums, answer, info.tp_size, info.num_copies)
+            _parsed(
+                info.url, parse_checksums, answer, info.tp_size, {info.num_copies, info.dp_size}
+            )
             for info, answer in zip(engines.infos, given, strict=True)
         ]
         proof = ChecksumProof(self._weights, self._dtype, self._config_of, partial=self._partial)
