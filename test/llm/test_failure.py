@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +22,7 @@ from torchrl_sglang.errors import (
     RequestRefusedError,
     ServerFailedError,
 )
-from torchrl_sglang.weights.failure import after_failure, with_its_cause
+from torchrl_sglang.weights.failure import after_failure, forget_frames, with_its_cause
 from torchrl_sglang.weights.sending import WireError
 from torchrl_sglang.weights.watch import push_error, watch
 
@@ -163,3 +165,35 @@ def test_an_answer_explains_the_wire_that_broke_before_it() -> None:
     with pytest.raises(PushError) as caught:
         watch({answer: "http://a"}, step="transfer", timeout_s=5.0, bucket=4, beside=wire)
     assert (caught.value.engine, caught.value.bucket) == ("http://a", 4)
+
+
+class Large:
+    """Something that a frame holds."""
+
+
+def holding() -> None:
+    held = Large()
+    alive.append(weakref.ref(held))
+    raise ValueError("the cause")
+
+
+alive: list[weakref.ref[Large]] = []
+
+
+def failing_push() -> None:
+    held = Large()
+    alive.append(weakref.ref(held))
+    try:
+        holding()
+    except ValueError as error:
+        raise PushError("failed", step="transfer") from error
+
+
+def test_an_error_that_is_kept_holds_nothing_else() -> None:
+    alive.clear()
+    with pytest.raises(PushError) as caught:
+        failing_push()
+    assert all(reference() is not None for reference in alive)
+    forget_frames(caught.value)
+    assert [reference() for reference in alive] == [None, None]
+    assert "holding" in "".join(traceback.format_exception(caught.value))

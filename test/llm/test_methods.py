@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -95,6 +96,42 @@ def test_buckets_of_any_size(
     assert scheme.last_push is not None
     assert (scheme.last_push.num_buckets == 1) == (bucket_bytes == 1 << 40)
     assert error_of(service, model) < 0.02
+
+
+def test_buffers_that_are_made_for_each_push(
+    service: AsyncSGLang, model: Any, connected: Connect
+) -> None:
+    """As those in a GPU's memory are."""
+    scheme = connected(config=config("tensor"))
+    carrier = scheme.pusher._carrier
+    for keeps in (True, False, False):
+        carrier._keeps_buffers = keeps
+        scheme.send(perturb(model, seed=76))
+        assert bool(carrier._buffers) is keeps
+        assert error_of(service, model) < 0.02
+
+
+def test_a_push_that_failed_keeps_no_buffers(
+    proxied: AsyncSGLang, proxy: FaultProxy, model: Any, connected: Connect, monkeypatch: Any
+) -> None:
+    """Though the service keeps the error, whose tracebacks have seen them."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def allocate(num_bytes: int) -> torch.Tensor:
+        buffer = shared_memory.allocate_shared(num_bytes)
+        made.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr("torchrl_sglang.weights.tensor.allocate_shared", allocate)
+    scheme = connected(proxied, config=config("tensor"))
+    proxy.faults["/update_weights_from_tensor"] = Fault(status=400, after=2)
+    with pytest.raises(PushError, match="bucket 2") as caught:
+        scheme.send(model)
+    assert proxied.gate.failure is caught.value
+    assert [buffer() for buffer in made] == [None, None]
+    proxy.faults.clear()
+    scheme.send(model)
+    assert error_of(proxied, model) < 0.02
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -504,6 +541,7 @@ def test_shared_memory_without_room_touches_nothing(
             "max_split_size_mb:512,expandable_segments:True",
             "max_split_size_mb:512,expandable_segments:False",
         ),
+        ("expandable_segments: True", "expandable_segments:False"),
         ("max_split_size_mb:512", "max_split_size_mb:512"),
     ],
 )

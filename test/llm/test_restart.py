@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fault_proxy import Fault, FaultProxy
 
 from torchrl_sglang import (
@@ -33,6 +34,7 @@ from torchrl_sglang.launch.guard import session_members
 from torchrl_sglang.launch.ports import wait_until_free
 from torchrl_sglang.launch.process import ChildProcess
 from torchrl_sglang.weights import revive
+from torchrl_sglang.weights.broadcast import Broadcast
 from torchrl_sglang.weights.engines import Engines
 
 
@@ -81,7 +83,7 @@ def test_an_adapter_push_has_no_base_weights() -> None:
 
 @pytest.fixture
 def engines(proxied: AsyncSGLang) -> Iterator[Engines]:
-    made = Engines(proxied.workers, proxied.cluster.infos, timeout_s=0.5)
+    made = Engines(proxied.workers, proxied.cluster.infos, timeout_s=2.0)
     yield made
     made.close()
 
@@ -89,8 +91,9 @@ def engines(proxied: AsyncSGLang) -> Iterator[Engines]:
 def test_a_gpu_that_is_done_with_everything(engines: Engines, proxy: FaultProxy) -> None:
     engines.wait_for_gpus("init")
     assert [path for path, _ in proxy.seen] == ["/weights_checker"]
-    proxy.faults["/weights_checker"] = Fault(status=400)
-    engines.wait_for_gpus("init")  # it says no, but it says something
+    for status in (400, 500):
+        proxy.faults["/weights_checker"] = Fault(status=status)
+        engines.wait_for_gpus("init")  # it says no, but it says something
 
 
 def test_a_gpu_that_is_stuck(engines: Engines, proxy: FaultProxy) -> None:
@@ -98,6 +101,23 @@ def test_a_gpu_that_is_stuck(engines: Engines, proxy: FaultProxy) -> None:
     with pytest.raises(PushTimeoutError, match="has to be started again") as caught:
         engines.wait_for_gpus("init")
     assert (caught.value.engine, caught.value.step) == (proxy.url, "init")
+
+
+def test_an_engine_that_is_stuck_is_not_invited(engines: Engines, proxy: FaultProxy) -> None:
+    """Others would wait for it in the group's first broadcast, and be stuck as well."""
+    proxy.faults["/weights_checker"] = Fault(delay_s=30.0)
+    engines.infos = tuple(replace(info, device="cuda") for info in engines.infos)
+    carrier = Broadcast(
+        engines,
+        address="127.0.0.1",
+        port=None,
+        device=torch.device("cuda", 0),
+        layout="auto",
+        timeouts=Timeouts(),
+    )
+    with pytest.raises(PushTimeoutError, match="has to be started again"):
+        carrier.connect()
+    assert [path for path, _ in proxy.seen] == ["/weights_checker"]
 
 
 def test_a_server_that_can_not_be_asked(engines: Engines, proxy: FaultProxy) -> None:
@@ -129,13 +149,13 @@ def test_which_servers_are_started_again(
     fault: str | None,
     found: bool,
 ) -> None:
-    monkeypatch.setattr(revive, "ALIVE_S", 0.5)
+    monkeypatch.setattr(revive, "ALIVE_S", 2.0)
     monkeypatch.setattr(revive, "LAG_S", 0.2)
     if fault is not None:
         proxy.faults[fault] = Fault(delay_s=30.0)
     service = SimpleNamespace(
         managed_urls={proxy.url} if managed else set(),
-        timeouts=Timeouts(control_s=0.5),
+        timeouts=Timeouts(control_s=2.0),
         cluster=SimpleNamespace(
             workers=proxied.workers,
             infos=[replace(info, device=device) for info in proxied.cluster.infos],

@@ -96,6 +96,8 @@ class Broadcast(Carrier):
             PortTakenError: the port is in use.
             PushError: a server refused or did not come; the others are freed.
         """
+        if self._backend == "nccl":
+            self._engines.wait_for_gpus("init")  # one that is stuck would make others wait for it
         name = f"torchrl_sglang-{uuid.uuid4().hex[:12]}"
         timeout_s = self._timeouts.group_s
         rendezvous = Rendezvous(self._address, self._port, timeout_s + JOIN_LAG_S)
@@ -166,11 +168,6 @@ class Broadcast(Carrier):
                 raise
             said = f"the first broadcast over NCCL did not get through: {error}. {NCCL_HELP}"
             raise type(error)(said, step="init", engine=error.engine) from error
-        try:
-            self._engines.wait_for_gpus("init")
-        except BaseException:
-            self.drop()
-            raise
 
     # Sending
 

@@ -17,7 +17,7 @@ from .broadcast import sending_device
 from .carrier import Carrier
 from .choose import Choice, choose_method, make_carrier
 from .engines import Engines
-from .revive import stuck_engine, to_revive
+from .revive import to_revive
 
 
 class Connection:
@@ -82,14 +82,14 @@ class Connection:
                 self._restart_lifeless()
             try:
                 self._connect()
-            except PushError as error:
-                if not self._restart_lifeless(stuck_engine(error, self._service)):
+            except PushError:
+                if not self._restart_lifeless():
                     raise
                 self._connect()
             self._connected = True
 
-    def _restart_lifeless(self, stuck: str | None = None) -> bool:
-        urls = to_revive(self._service, [stuck] if stuck else [])
+    def _restart_lifeless(self) -> bool:
+        urls = to_revive(self._service)
         if urls:
             self._service.restart_workers(urls)
         return bool(urls)

@@ -24,7 +24,7 @@ TAKE_OVER_S = 1.0
 TAKE_OVER_POLL_S = 0.05
 STUCK_GPU = (
     "what it was given before. If it is stuck, as in the broadcast of a trainer that died, it has "
-    "to be started again: connecting does so, where this process started it."
+    "to be started again: connecting and repairing do so, where this process started it."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
@@ -56,6 +57,18 @@ def after_failure(
     if isinstance(error, PushError):
         _add_stuck(error, pauses)
     return error
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Lets go of the variables that an error's tracebacks keep, buckets among them.
+
+    The error itself may be kept for long, by the service that it has broken.
+    """
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def with_its_cause(error: BaseException, workers: Sequence[ControlClient]) -> BaseException:

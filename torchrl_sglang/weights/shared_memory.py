@@ -13,7 +13,9 @@ import functools
 import io
 import os
 import pickle
+import re
 import select
+import threading
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +29,9 @@ from .plan import TensorSpec
 SHARED_MEMORY = "/dev/shm"
 CUDA_DEVICE_ARGUMENT = 6  # of torch's rebuild_cuda_tensor
 HELPER_S = 10.0  # bound on its start
+EXPANDABLE = re.compile(r"expandable_segments\s*:\s*True")
+
+_changing_allocator = threading.Lock()
 
 
 def allocate_shared(num_bytes: int) -> torch.Tensor:
@@ -51,28 +56,39 @@ def allocate_shared(num_bytes: int) -> torch.Tensor:
 
 
 def allocate_on_gpu(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """A buffer that other processes of this machine can open, 1-D uint8 on a GPU."""
-    with no_expandable_segments():
-        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    """A buffer that other processes of this machine can open, 1-D uint8 on a GPU.
+
+    Raises:
+        WeightsError: the GPU has no room for it.
+    """
+    try:
+        with no_expandable_segments():
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise WeightsError(
+            f"a buffer of {num_bytes} bytes does not fit into the memory of {device}: choose a "
+            "smaller WeightSyncConfig(bucket_bytes=...), or push with another method."
+        ) from error
 
 
 @contextlib.contextmanager
 def no_expandable_segments() -> Iterator[None]:
     """Allocates as without ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``.
 
-    Such memory is shared by a file descriptor that servers may not fetch. What is given replaces
-    all settings, so all are given.
+    Such memory is shared by a file descriptor that servers may not fetch. All settings are given
+    again, since torch forgets some that are left out.
     """
-    settings = _allocator_settings()
-    fixed = settings.replace("expandable_segments:True", "expandable_segments:False")
-    if fixed == settings:
-        yield
-        return
-    change_allocator(fixed)
-    try:
-        yield
-    finally:
-        change_allocator(settings)
+    with _changing_allocator:
+        settings = _allocator_settings()
+        fixed = EXPANDABLE.sub("expandable_segments:False", settings)
+        if fixed == settings:
+            yield
+            return
+        change_allocator(fixed)
+        try:
+            yield
+        finally:
+            change_allocator(settings)
 
 
 def change_allocator(settings: str) -> None:

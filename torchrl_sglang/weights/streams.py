@@ -17,13 +17,15 @@ def handed_over(
 
     Args:
         tensors: whatever was queued here to make them is waited for there, on the GPU.
-        device: becomes the other thread's current one, if it is a GPU.
+        device: becomes the other thread's current one, if it is a GPU. What was queued there is
+            waited for too: memory that was allocated here may still be in use by it.
 
     Returns:
         What the other thread enters to use the tensors, on streams of its own: it neither waits for
         what is queued here later, nor does that wait for it.
     """
     gpus = {tensor.device for tensor in tensors if tensor.is_cuda}
+    gpus |= {device} if device.type == "cuda" else set()
     written = {gpu: torch.cuda.current_stream(gpu).record_event() for gpu in gpus}
     # The last one that is entered stays the current device.
     order = [*(gpus - {device}), *([device] if device.type == "cuda" else [])]
@@ -33,8 +35,7 @@ def handed_over(
         with contextlib.ExitStack() as stack:
             for gpu in order:
                 stream = _stream_beside(gpu)
-                if gpu in written:
-                    stream.wait_event(written[gpu])
+                stream.wait_event(written[gpu])
                 stack.enter_context(torch.cuda.stream(stream))
             yield
 

@@ -62,6 +62,9 @@ class TensorCarrier(Carrier):
         self._device = device
         self._timeouts = timeouts
         self._buffers: list[torch.Tensor] = []
+        # Of a GPU's memory torch remembers each time that it was shared until it is given back, and
+        # the trainer's step has a use for it meanwhile.
+        self._keeps_buffers = device.type != "cuda"
         # Also at the interpreter's exit, which frees no shared memory by itself.
         weakref.finalize(self, self._buffers.clear)
 
@@ -103,9 +106,7 @@ class TensorCarrier(Carrier):
                     self._wait(asked, buckets, index - 1)
                 asked = self._engines.ask(partial(_call_own, calls))
             self._wait(asked, buckets, len(buckets) - 1)
-        if self._device.type == "cuda":
-            # Torch remembers each time that memory was shared until it is given back, and what the
-            # allocator keeps of it serves the trainer's step meanwhile.
+        if not self._keeps_buffers:
             self._buffers.clear()
         return "flattened"
 

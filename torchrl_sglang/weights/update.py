@@ -24,10 +24,10 @@ from ..threads import in_thread
 from .attempt import attempt
 from .connection import Connection
 from .expected import expected_model
-from .failure import after_failure
+from .failure import after_failure, forget_frames
 from .planned import Plan, make_plan
 from .result import Course, PushResult
-from .revive import stuck_engine, to_revive
+from .revive import to_revive
 from .sharded import ShardedWeights
 from .streams import handed_over
 from .versions import served_version
@@ -39,7 +39,6 @@ class WeightPusher(Connection):
     def __init__(self, service: Any, **kwargs: Any) -> None:
         super().__init__(service, **kwargs)
         self._running: Future[PushResult] | None = None
-        self._stuck: set[str] = set()
 
     def close(self) -> None:
         """Leaves the group, on both sides, once a push under way is over; harmless twice.
@@ -200,7 +199,11 @@ class WeightPusher(Connection):
     def _tried(self, plan: Plan) -> PushResult:
         course = Course()
         if plan.repairs:
-            self._revive(course)
+            try:
+                self._revive(course)
+            except BaseException:
+                self._drop()  # with what it has made for this push
+                raise
         while True:
             try:
                 return self._attempt(plan, course)
@@ -210,8 +213,7 @@ class WeightPusher(Connection):
                 if isinstance(plan.weights, ShardedWeights):
                     plan.weights.drain()
                 error = after_failure(raised, self._workers, in_session=in_session)
-                if stuck := stuck_engine(error, self._service):
-                    self._stuck.add(stuck)
+                forget_frames(error)
                 if self._goes_on(error, plan, course):
                     continue
                 if error is raised:
@@ -270,12 +272,11 @@ class WeightPusher(Connection):
 
     def _revive(self, course: Course) -> bool:
         """Whether there were engines to start again, each for the first time in this push."""
-        urls = to_revive(self._service, self._stuck)
+        urls = to_revive(self._service)
         if not urls or {*urls} & {*course.restarted}:
             return False
         with course.timer.measure("restart"):
             self._service.restart_in_push(urls)
-        self._stuck.difference_update(urls)
         course.restarted += urls
         return True
 
