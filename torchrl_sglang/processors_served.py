@@ -91,7 +91,10 @@ def num_generated(req: Any) -> int:
     token behind, as it is read before the last step's result. With speculative decoding this is
     the count at the start of the step.
     """
-    committed: int | None = getattr(getattr(req, "kv", req), "kv_committed_len", None)
+    # The request's own number, or that of its ``kv`` from 0.5.2x on; 0.5.17 has both objects.
+    committed: int | None = None
+    for holder in (getattr(req, "kv", None), req):
+        committed = getattr(holder, "kv_committed_len", committed)
     if committed is None:
         return len(req.output_ids)
     return max(committed - len(req.origin_input_ids), 0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from behaviour import chosen, full_log_probs, hf_logits
-from servers import hf_log_probs, needs, perturb, ready_weights
+from servers import hf_log_probs, needs, needs_version_spans, perturb, ready_weights
 from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -309,6 +309,7 @@ def test_hidden_states_when_weights_are_pushed_in_mid_generation(
 ) -> None:
     """Rows are retracted and computed anew; each token keeps the state that it was sampled from."""
     needs(special_service, "hidden_states")
+    needs_version_spans(special_service)  # they tell which tokens are old
     policy = make_policy(
         special_service,
         extras=["hidden_states"],

@@ -35,6 +35,7 @@ from torchrl_sglang.processors import (
     progress_temperature,
     user_processor,
 )
+from torchrl_sglang.processors_served import num_generated
 from torchrl_sglang.processors_ship import SERVED
 from torchrl_sglang.protocol import LogitProcessor
 
@@ -147,6 +148,22 @@ def fake_req(generated: int = 0, temperature: float = 1.0) -> Any:
         sampling_params=SimpleNamespace(temperature=temperature),
         to_finish=None,
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"kv_committed_len": 5}, 2),  # SGLang 0.5.15
+        ({"kv_committed_len": 5, "kv": SimpleNamespace(kv_allocated_len=9)}, 2),  # 0.5.17
+        ({"kv_committed_len": 5, "kv": None}, 2),
+        ({"kv": SimpleNamespace(kv_committed_len=5)}, 2),  # 0.5.23
+        ({"kv": SimpleNamespace(kv_committed_len=2)}, 0),
+        ({}, 1),
+    ],
+)
+def test_generated_tokens_are_counted_from_the_cache(fields: Any, expected: int) -> None:
+    req = SimpleNamespace(origin_input_ids=[1, 2, 3], output_ids=[0], **fields)
+    assert num_generated(req) == expected
 
 
 def rows_of(processors: Sequence[LogitProcessor], reqs: Sequence[Any]) -> list[dict[str, Any]]:
