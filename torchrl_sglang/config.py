@@ -138,7 +138,7 @@ class Timeouts:
         stop_s: from SIGTERM until a child is killed.
         connect_s: opening a connection, and info requests while attaching.
         control_s: one control request. In a push these are the steps that take longer the larger
-            the model is: end (quantised weights are packed then) and verify.
+            the model is (see `whole_s`): end (quantised weights are packed then) and verify.
         step_s: one of a push's short steps (pause, flush, begin, version, continue), which take
             milliseconds: a server makes them between two forward passes. Raise it where one pass
             takes seconds.
@@ -181,6 +181,10 @@ class Timeouts:
             num_bytes: its size.
         """
         return min(self.transfer_s, self.step_s + num_bytes / self.bytes_per_s)
+
+    def whole_s(self, num_bytes: int, device: str) -> float:
+        """End, or verify, of so many bytes; a GPU may have to compile its kernels first."""
+        return min(self.control_s, self.bucket_s(num_bytes)) if device == "cpu" else self.control_s
 
 
 @dataclass(frozen=True, kw_only=True)

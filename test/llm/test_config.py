@@ -125,3 +125,13 @@ def test_defaults() -> None:
     assert not WeightSyncConfig(pause_mode="in_place").flushes
     assert RouterConfig().policy == "round_robin"  # cache_aware sends all ids to one worker
     assert ServerConfig(**SERVER).host == RouterConfig().host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "device", "expected"),
+    [(0, "cpu", 3.0), (10**9, "cpu", 13.0), (10**11, "cpu", 30.0), (0, "cuda", 30.0)],
+)
+def test_the_bound_on_a_step_that_reads_all_weights(
+    num_bytes: int, device: str, expected: float
+) -> None:
+    assert Timeouts().whole_s(num_bytes, device) == expected

@@ -168,9 +168,12 @@ def test_a_server_that_fails(
     )
 
 
+@pytest.mark.parametrize("step", ["pause", "end", "verify"])
 def test_a_silent_server_with_the_usual_bounds(
-    proxy: FaultProxy, shared_service: AsyncSGLang, model: Any, restore_weights: None
+    proxy: FaultProxy, shared_service: AsyncSGLang, model: Any, restore_weights: None, step: str
 ) -> None:
+    if step == "end":
+        needs(shared_service, "update_session")
     keys = shared_service._keys
     with AsyncSGLang.connect(
         proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
@@ -178,12 +181,14 @@ def test_a_silent_server_with_the_usual_bounds(
         scheme = SGLangWeightSyncScheme(service, config=CONFIG)
         scheme.connect_once()
         scheme.send(model)
-        proxy.faults[ROUTES["pause"]] = Fault(delay_s=60.0)
+        proxy.faults[ROUTES[step]] = Fault(delay_s=60.0)
         begun = time.monotonic()
-        with pytest.raises(PushTimeoutError, match="has to be started again") as caught:
+        with pytest.raises(PushTimeoutError) as caught:
             scheme.send(model)
         assert time.monotonic() - begun < WITHIN_S
-        assert (caught.value.engine, caught.value.step) == (proxy.url, "pause")
+        assert (caught.value.engine, caught.value.step) == (proxy.url, step)
+        # The pause that follows a failure is not answered either, or the end of the session.
+        assert ("has to be started again" in str(caught.value)) == (step != "verify")
         proxy.faults.clear()
         repaired(service, scheme, perturb(model, seed=47))
         scheme.close()

@@ -38,9 +38,19 @@ def attempt(
     *,
     config: WeightSyncConfig,
     verifies: bool,
+    whole_s: float,
     timer: StepTimer,
 ) -> Attempt:
     """Pushes once: every server runs the weights when this returns.
+
+    Args:
+        plan: what to push.
+        carrier: how.
+        engines: the servers.
+        config: what stands around it.
+        verifies: the servers prove what they hold.
+        whole_s: bound on each step that reads all weights.
+        timer: is given the time of each step.
 
     Raises:
         PushError: a step failed; servers may be paused, and hold anything.
@@ -59,10 +69,10 @@ def attempt(
     push_s = time.perf_counter() - sent_at
     with timer.measure("end"):
         if carrier.in_session:
-            engines.end()
+            engines.end(whole_s)
     with timer.measure("verify"):
         if verifies:
-            plan.verifier.by_checksum(engines)
+            plan.verifier.by_checksum(engines, whole_s)
     with timer.measure("version"):
         engines.set_version(plan.version)
     with timer.measure("continue"):

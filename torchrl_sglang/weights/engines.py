@@ -164,10 +164,11 @@ class Engines:
         if self.has_session:
             self.do("begin", partial(_begin, self.step_s), self.step_s + TAKE_OVER_S)
 
-    def end(self) -> None:
+    def end(self, timeout_s: float | None = None) -> None:
         """Closes the update session; errors as in `do`."""
+        within_s = timeout_s or self.timeout_s
         if self.has_session:
-            self.do("end", lambda w: w.post("/end_weight_update", timeout_s=self.timeout_s))
+            self.do("end", lambda w: w.post("/end_weight_update", timeout_s=within_s), within_s)
 
     def flush(self) -> bool:
         """Empties the prefix caches of paused servers; whether all are empty now.

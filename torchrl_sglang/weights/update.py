@@ -240,14 +240,25 @@ class WeightPusher(Connection):
         assert carrier is not None and engines is not None and choice is not None
         carrier.prepare(plan.buckets)
         verifies = self._verifies
-        done = attempt(plan, carrier, engines, config=self.config, verifies=verifies, timer=timer)
+        num_bytes = sum(bucket.num_bytes for bucket in plan.buckets)
+        timeouts, device = self._service.timeouts, self._infos[0].device
+        done = attempt(
+            plan,
+            carrier,
+            engines,
+            config=self.config,
+            verifies=verifies,
+            # Checksums are those of the whole model, also where a part of it was sent.
+            whole_s=timeouts.control_s if plan.partial else timeouts.whole_s(num_bytes, device),
+            timer=timer,
+        )
         self._verified = self._verified or verifies
         return PushResult(
             version=plan.version,
             method=carrier.method,
             reason=choice.reason,
             layout=done.layout,
-            num_bytes=sum(bucket.num_bytes for bucket in plan.buckets),
+            num_bytes=num_bytes,
             num_buckets=len(plan.buckets),
             verified_by=plan.verifier.verified_by if verifies else "nothing",
             flushed=done.flushed,

@@ -139,7 +139,7 @@ class Verifier:
             self._probe = (ids, scores)
         return self._probe
 
-    def by_checksum(self, engines: Engines) -> None:
+    def by_checksum(self, engines: Engines, timeout_s: float | None = None) -> None:
         """Compares every parameter on every rank of every server with what was sent.
 
         Where a server's layout is not known, such servers are only compared with each other, and
@@ -153,7 +153,12 @@ class Verifier:
         if self._config.verify_method not in ("auto", "checksum") or not self._checksums_exist:
             return
         body = {"action": "checksum"}
-        given = engines.collect("verify", lambda worker: worker.post("/weights_checker", body))
+        within_s = timeout_s or engines.timeout_s
+
+        def ask(worker: ControlClient) -> Any:
+            return worker.post("/weights_checker", body, timeout_s=within_s)
+
+        given = engines.collect("verify", ask, within_s)
         answers = [
             _parsed(
                 info.url, parse_checksums, answer, info.tp_size, {info.num_copies, info.dp_size}
