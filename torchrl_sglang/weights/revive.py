@@ -10,10 +10,11 @@ from ..client import ControlClient
 from ..errors import HTTPAnswerError, ServiceError
 from ..threads import in_thread
 
-# What is asked is answered in milliseconds by a server whose scheduler lives, paused or not. One
-# that computes a long prompt takes longer; one that is stuck in NCCL never answers.
-ALIVE_S = 10.0
 Ask = Callable[[ControlClient, float], None]
+
+# What is asked is answered in milliseconds by a server whose scheduler lives, paused or not. One
+# that computes a long prompt takes longer; one that waits for a GPU that is stuck never answers.
+ALIVE_S = 10.0
 LAG_S = 1.5  # of a time-out that counts from the connection
 
 
