@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..client import ControlClient
 from .hashing import Hash, Sha256Hash, WordHash
 from .lazy import parts_of
 from .shards import Rank, Shard, Slice, shard_of
@@ -36,6 +37,15 @@ class RankChecksums:
 
     tp_rank: int
     checksums: Mapping[str, str]
+
+
+def ask_checksums(worker: ControlClient, timeout_s: float) -> Any:
+    """A server's own hashes of its weights, as `parse_checksums` reads them; it waits for its GPUs.
+
+    Raises:
+        ServiceError: as of `ControlClient.post`.
+    """
+    return worker.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
 
 
 def parse_checksums(

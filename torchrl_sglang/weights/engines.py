@@ -22,10 +22,6 @@ Call = Callable[[ControlClient], Any]
 # How long a session that somebody else opened is waited for, before it is taken for a dead one's.
 TAKE_OVER_S = 1.0
 TAKE_OVER_POLL_S = 0.05
-STUCK_GPU = (
-    "what it was given before. If it is stuck, as in the broadcast of a trainer that died, it has "
-    "to be started again: connecting and repairing do so, where this process started it."
-)
 
 
 class Courier:
@@ -207,8 +203,13 @@ class Engines:
         try:
             self.do(step, lambda worker: waits_for_gpu(worker, self.timeout_s))
         except PushTimeoutError as error:
-            said = f"its GPU did not get done within {self.timeout_s:g} s with {STUCK_GPU}"
-            raise PushTimeoutError(said, step=step, engine=error.engine) from error
+            raise PushTimeoutError(
+                f"its GPU did not get done within {self.timeout_s:g} s with what it was given "
+                "before. If it is stuck, as in the broadcast of a trainer that died, it has to be "
+                "started again: connecting and repairing do so, where this process started it.",
+                step=step,
+                engine=error.engine,
+            ) from error
 
     def set_version(self, version: int) -> None:
         """Tells every server the number of its weights; errors as in `do`."""

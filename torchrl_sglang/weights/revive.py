@@ -9,6 +9,7 @@ from typing import Any
 from ..client import ControlClient
 from ..errors import HTTPAnswerError, ServiceError
 from ..threads import in_thread
+from .checksum import ask_checksums
 
 Ask = Callable[[ControlClient, float], None]
 
@@ -62,7 +63,7 @@ def waits_for_gpu(worker: ControlClient, timeout_s: float) -> None:
         ServiceError: there was no answer. That it can't is one.
     """
     try:
-        worker.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
+        ask_checksums(worker, timeout_s)
     except HTTPAnswerError as error:
         if error.status is None:
             raise

@@ -12,7 +12,7 @@ from ..client import ControlClient
 from ..config import WeightSyncConfig
 from ..errors import ServiceError, VerificationError
 from ..info import WorkerInfo
-from .checksum import parse_checksums
+from .checksum import ask_checksums, parse_checksums
 from .engines import Engines
 from .expected import model_config
 from .lazy import parts_of
@@ -152,13 +152,8 @@ class Verifier:
         """
         if self._config.verify_method not in ("auto", "checksum") or not self._checksums_exist:
             return
-        body = {"action": "checksum"}
         within_s = timeout_s or engines.timeout_s
-
-        def ask(worker: ControlClient) -> Any:
-            return worker.post("/weights_checker", body, timeout_s=within_s)
-
-        given = engines.collect("verify", ask, within_s)
+        given = engines.collect("verify", lambda w: ask_checksums(w, within_s), within_s)
         answers = [
             _parsed(
                 info.url, parse_checksums, answer, info.tp_size, {info.num_copies, info.dp_size}
