@@ -10,6 +10,7 @@ a config, with random weights. With ``--device cpu`` ways of one rank go over gl
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -26,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu_checks import about, error, make_dense, make_moe, perturb, serve
+from gpu_checks import about, error, make_dense, make_moe, perturb, sending_device, serve
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, WeightSyncConfig
 
@@ -83,7 +84,7 @@ WAYS = {
 def push_base(way: Way, service: AsyncSGLang, model: Any, num_pushes: int) -> dict[str, Any]:
     """Pushes several times; what was served before and after."""
     config = WeightSyncConfig(probe_tolerance=0.1, bucket_bytes=1 << 20, **way.config)
-    scheme = SGLangWeightSyncScheme(service, device=_device(model), config=config)
+    scheme = SGLangWeightSyncScheme(service, device=sending_device(model), config=config)
     scheme.init_on_sender()
     start = time.perf_counter()
     scheme.connect()
@@ -112,8 +113,6 @@ def push_base(way: Way, service: AsyncSGLang, model: Any, num_pushes: int) -> di
 
 def push_adapter(way: Way, service: AsyncSGLang, model: Any, num_pushes: int) -> dict[str, Any]:
     """Pushes a LoRA adapter of changing values; compared with the model that it is merged into."""
-    import copy
-
     from peft import LoraConfig, get_peft_model
 
     modules = LORA_OPTIONS["lora_target_modules"]
@@ -122,7 +121,7 @@ def push_adapter(way: Way, service: AsyncSGLang, model: Any, num_pushes: int) ->
         LoraConfig(r=8, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM"),
     )
     config = WeightSyncConfig(probe_tolerance=0.1, **way.config)
-    scheme = SGLangWeightSyncScheme(service, device=_device(model), config=config)
+    scheme = SGLangWeightSyncScheme(service, device=sending_device(model), config=config)
     scheme.init_on_sender()
     scheme.connect()
     before, after, pushes = [error(service, model)], [], []
@@ -146,10 +145,6 @@ def push_adapter(way: Way, service: AsyncSGLang, model: Any, num_pushes: int) ->
         "error_after": after,
         "error_of_base": [before[0], error(service, model)],
     }
-
-
-def _device(model: Any) -> str | None:
-    return str(model.device) if model.device.type == "cuda" else None
 
 
 def check(name: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu_checks import about, error, make_dense, perturb, serve
+from gpu_checks import about, error, make_dense, perturb, sending_device, serve
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import RequestRefusedError, ServiceError, SGLangError
@@ -72,7 +71,7 @@ class Case:
         self.service = service
         self.model = model
         self.folder = folder
-        self.device = str(model.device) if model.device.type == "cuda" else None
+        self.device = sending_device(model)
         self.found: dict[str, Any] = {}
 
     def scheme(self, **config: Any) -> SGLangWeightSyncScheme:
@@ -309,8 +308,6 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
         if args.out:
             args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    if args.device == "cuda":
-        torch.cuda.synchronize()
     sys.exit(not all(map(as_it_should_be, rows)))
 
 

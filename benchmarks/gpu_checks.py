@@ -15,62 +15,43 @@ from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, Timeout
 SAMPLING: dict[str, Any] = {"max_new_tokens": 16, "ignore_eos": True}
 PROMPTS = [[10 + i, 200 + 3 * i, 77, 300 + i] for i in range(32)]
 
+SERVER_OPTIONS: dict[str, Any] = {"max_total_tokens": 8192, "skip_tokenizer_init": True}
 # Without CUDA graphs, which take a minute and compute nothing else.
 GPU_OPTIONS: dict[str, Any] = {
-    "device": "cuda",
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "mem_fraction_static": 0.5,
     "disable_cuda_graph": True,
-    "max_total_tokens": 8192,
-    "skip_tokenizer_init": True,
 }
-CPU_OPTIONS: dict[str, Any] = {
-    "device": "cpu",
-    "max_total_tokens": 8192,
-    "skip_tokenizer_init": True,
+SHAPE: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "dtype": torch.bfloat16,
 }
 
 
-def make_dense(folder: str | Path, device: str, *, large: bool = False) -> Any:
-    """Writes a random Qwen2 of two layers, or of the shape of Qwen2.5's 0.5 B."""
-    shape = (
-        {"hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864}
-        if large
-        else {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512}
-    )
-    config = Qwen2Config(
-        **shape,
-        vocab_size=151_936 if large else 4096,
-        num_attention_heads=shape["hidden_size"] // 64,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=1,
-        dtype=torch.bfloat16,
-    )
+def make_dense(folder: str | Path, device: str) -> Any:
+    """Writes a random Qwen2 of two layers."""
+    config = Qwen2Config(**SHAPE, tie_word_embeddings=True)
     return _written(Qwen2ForCausalLM, config, folder, device)
 
 
 def make_moe(folder: str | Path, device: str) -> Any:
     """Writes a random mixture-of-experts model of 16 experts, 4 of which compute a token."""
     config = Qwen3MoeConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=512,
+        **SHAPE,
         moe_intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=64,
         num_experts=16,
         num_experts_per_tok=4,
         norm_topk_prob=True,
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=1,
-        dtype=torch.bfloat16,
     )
     model = _written(Qwen3MoeForCausalLM, config, folder, device)
     with torch.no_grad():
@@ -122,11 +103,19 @@ def serve(
     **options: Any,
 ) -> AsyncSGLang:
     """Starts a server on these GPUs, or on the CPU."""
-    usual = CPU_OPTIONS if device == "cpu" else {**GPU_OPTIONS, "cuda_devices": gpus}
-    timeouts = options.pop("timeouts", Timeouts(start_s=300.0, request_s=300.0))
+    placed = {} if device == "cpu" else {**GPU_OPTIONS, "cuda_devices": gpus}
     return AsyncSGLang.from_pretrained(
-        str(folder), log_dir=log_dir, timeouts=timeouts, **{**usual, **options}
+        str(folder),
+        device=device,
+        log_dir=log_dir,
+        timeouts=Timeouts(start_s=300.0, request_s=300.0),
+        **{**SERVER_OPTIONS, **placed, **options},
     )
+
+
+def sending_device(model: Any) -> str | None:
+    """What a weight sync is told of the trainer's device; nothing on a CPU."""
+    return str(model.device) if model.device.type == "cuda" else None
 
 
 def about(service: AsyncSGLang, device: str, script: str) -> dict[str, Any]:
