@@ -780,16 +780,22 @@ def test_threads_push_and_generate(service: AsyncSGLang, connected: Push, model:
         while not stop.is_set():
             found.extend(zip(PROMPTS, generated(service), strict=True))
 
+    def seen() -> set[str]:
+        return {completion.weight_version for _, completion in list(found)}
+
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(generate) for _ in range(2)]
-        for seed in (2, 3, 4):
-            train(model, seed)
-            scheme.send(model)
-            models[service.weight_version] = merged(model)
-        stop.set()
+        try:
+            for seed in (2, 3, 4):
+                train(model, seed)
+                scheme.send(model)
+                models[service.weight_version] = merged(model)
+                until(lambda: service.weight_version in seen())
+        finally:
+            stop.set()
         for run in runs:
             run.result(60)
-    assert len({completion.weight_version for _, completion in found}) > 1
+    assert seen() >= set(list(models)[1:])
     for prompt, completion in found[:: max(1, len(found) // 10)]:
         [span] = completion.version_spans
         assert worst_error(models[span.version], [prompt], [completion]) < 0.02
