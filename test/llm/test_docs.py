@@ -18,7 +18,7 @@ from servers import SPECIAL_SERVER_ARGS
 from test_collector import make_env
 from transformers import AutoModelForCausalLM
 
-from torchrl_sglang import AsyncSGLang, SamplingParams, SGLangWrapper
+from torchrl_sglang import AsyncSGLang, SamplingParams, SGLangWrapper, Timeouts
 from torchrl_sglang.errors import UnsupportedOptionError
 from torchrl_sglang.protocol import ROUTER_DROPS, ROUTER_DROPS_OF_SAMPLING
 from torchrl_sglang.rollout.facts import EXTRAS
@@ -67,13 +67,15 @@ def run_loop(code: str, names: dict[str, Any]) -> None:
     assert seen[0]["tokens"].batch_size.numel() == 64
 
 
-def test_readme_and_quickstart(model_path: Path, tokenizer: Any) -> None:
+def test_readme_and_quickstart(model_path: Path, tokenizer: Any, timeouts: Timeouts) -> None:
     names: dict[str, Any] = {
+        "timeouts": timeouts,
         "env": make_env(tokenizer, batch_size=64),
         "train_model": AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16),
     }
     try:
-        run_loop(readme_code().replace(MODEL, str(model_path)), names)
+        code = readme_code().replace("num_replicas=2", "num_replicas=2, timeouts=timeouts")
+        run_loop(code.replace(MODEL, str(model_path)), names)
         service = names["service"]
         assert service.weight_version == "2"
         names["scheme"].close()
@@ -82,7 +84,8 @@ def test_readme_and_quickstart(model_path: Path, tokenizer: Any) -> None:
         keys = service._keys
         connect = connect.replace("http://router:30000", service.server_url)
         connect = connect.replace(
-            'api_key="..."', f'api_key="{keys.api_key}", admin_api_key="{keys.admin_api_key}"'
+            'api_key="..."',
+            f'api_key="{keys.api_key}", admin_api_key="{keys.admin_api_key}", timeouts=timeouts',
         )
         exec(connect, names)
         names["env"] = make_env(tokenizer, batch_size=64)

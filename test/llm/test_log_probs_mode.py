@@ -50,7 +50,7 @@ TABLE = [
     ({"frequency_penalty": 1.0}, True, True),
     ({"presence_penalty": 1.5}, True, True),
     ({"presence_penalty": 1.5, "frequency_penalty": -0.5, "temperature": 0.7}, True, True),
-    ({"logit_bias": {7: -3.0, 50: 4.0}}, True, True),
+    ({"logit_bias": {7: -3.0, 50: 6.0}}, True, True),
     ({"logit_bias": {50: 4.0}, "temperature": 0.7}, True, True),
     ({"min_new_tokens": 5, "logit_bias": {EOS: 5.0}, "ignore_eos": False}, True, True),
     ({"temperature": 0.0}, False, False),
@@ -184,6 +184,15 @@ def test_corrected_where_nothing_has_to_be(
         assert_close(row["log_probs"].response, expected, policy.sampling)
 
 
+def likeliest(scores: torch.Tensor, count: int, response: list[int]) -> list[list[int]]:
+    """What top-k keeps: of two that are all but equally likely in bf16, the one sampled."""
+    kept = scores.topk(count).indices
+    for ids, here, token in zip(kept, scores, response, strict=True):
+        if token not in ids and here[token] > here[ids[-1]] - 0.03:
+            ids[-1] = token
+    return kept.tolist()
+
+
 def test_corrected_row_by_row(service: AsyncSGLang, model: Any) -> None:
     """Each row's log-probs are those of its own options."""
     needs(service, "sampling_mask_tokens")
@@ -199,8 +208,7 @@ def test_corrected_row_by_row(service: AsyncSGLang, model: Any) -> None:
         if sampling.greedy:
             assert (got == 0).all()
         elif own == {"top_k": 2}:
-            kept = whole.topk(2).indices.tolist()
-            expected = chosen(renormalised(whole, kept), response)
+            expected = chosen(renormalised(whole, likeliest(whole, 2, response)), response)
             torch.testing.assert_close(got, expected, atol=0.05, rtol=0)
         else:
             assert_close(got, chosen(whole, response), sampling)

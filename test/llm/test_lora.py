@@ -321,9 +321,9 @@ def test_a_failed_load_is_taken_back(
 def test_a_load_that_is_too_late_is_taken_back(
     pair: Adapters, lora: Adapters, second: FaultProxy, folders: dict[str, Path]
 ) -> None:
-    second.faults[LOAD] = Fault(delay_s=3.0)
+    second.faults[LOAD] = Fault(delay_s=12.0)
     with pytest.raises(RequestTimeoutError, match=f"'a' was not loaded: {second.url} says: "):
-        pair.load("a", folders["a"], timeout_s=1.0)
+        pair.load("a", folders["a"], timeout_s=4.0)
     assert lora.names() == ()
 
 
@@ -437,7 +437,7 @@ def test_the_list_is_asked_for_once_in_a_while(
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(adapters, "LIST_VALID_S", 0.5)
+    monkeypatch.setattr(adapters, "LIST_VALID_S", 1000.0)
     for name in ("a", "b"):
         lora.load(name, folders[name])
 
@@ -451,7 +451,7 @@ def test_the_list_is_asked_for_once_in_a_while(
     assert requests_of(["a"]) == 0
     assert requests_of(["a", "b"]) == 1
     assert requests_of(["b", "a"]) == 0
-    time.sleep(0.6)
+    monkeypatch.setattr(adapters, "LIST_VALID_S", 0.0)
     assert requests_of(["a", "b"]) == 1
 
 
@@ -473,12 +473,16 @@ def test_an_unload_under_way_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(adapters, "LIST_VALID_S", 1000.0)
-    Adapters(pair._workers[:1]).load("a", folders["a"])
+    first = Adapters(pair._workers[:1])
+    first.load("a", folders["a"])
     pair.check(["a"])
-    second.faults[UNLOAD] = Fault(delay_s=1.0)
+    second.faults[UNLOAD] = Fault(delay_s=5.0)
     under_way = threading.Thread(target=pair.unload, args=("a",))
     under_way.start()
-    time.sleep(0.5)
+    deadline = time.monotonic() + 4.0
+    while first.names() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert under_way.is_alive()
     with pytest.raises(InputError, match="'a' is not loaded"):
         pair.check(["a"])
     under_way.join()

@@ -188,10 +188,11 @@ def test_structure_of_transformers_wrapper(
         "pad_output": pad_output,
         "inplace": False,
     }
+    model.generation_config.min_new_tokens = 6  # which that wrapper does not pass on
     theirs = TransformersWrapper(
         model,
         tokenizer=tokenizer,
-        generate_kwargs={"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": True},
+        generate_kwargs={"max_new_tokens": 6, "do_sample": True},
         chat_template=tokenizer.chat_template if mode == "history" else None,
         **kwargs,
     )

@@ -176,7 +176,8 @@ def test_the_prompt_is_tokenised_once(service: AsyncSGLang, tokenizer: Any) -> N
 def test_eos_is_kept_in_tokens_and_left_out_of_history(
     service: AsyncSGLang, tokenizer: Any
 ) -> None:
-    policy = SGLangWrapper(service, generate_kwargs={"max_new_tokens": 64}, inplace=False)
+    sampling = {"max_new_tokens": 64, "logit_bias": {tokenizer.eos_token_id: 3.0}}
+    policy = SGLangWrapper(service, generate_kwargs=sampling, inplace=False)
     ended = []
     for _ in range(20):
         out = policy(make_input("history", (6,), tokenizer))
@@ -270,11 +271,12 @@ def test_structure_of_transformers_wrapper(
     service: AsyncSGLang, tokenizer: Any, model: Any, mode: str, pad_output: bool
 ) -> None:
     """Whatever TorchRL's own wrapper fills, ours fills with the same type, dtype and shape."""
+    model.generation_config.min_new_tokens = 5  # which that wrapper does not pass on
     theirs = TransformersWrapper(
         model,
         tokenizer=tokenizer,
         input_mode=mode,
-        generate_kwargs={"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": True},
+        generate_kwargs={"max_new_tokens": 5, "do_sample": True},
         chat_template=tokenizer.chat_template if mode == "history" else None,
         pad_output=pad_output,
         inplace=False,

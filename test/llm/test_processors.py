@@ -694,7 +694,7 @@ def test_log_probs_are_those_of_the_processed_distribution(
 
 def test_rows_of_a_class_are_called_together(serving: AsyncSGLang) -> None:
     processors = [user_processor(CountRows, {"own": index}) for index in range(3)]
-    completions = generate(serving, prompts_of(4), [*processors, None], max_new_tokens=100)
+    completions = generate(serving, prompts_of(4), [*processors, None], max_new_tokens=400)
     assert {max(c.output_ids) for c in completions[:3]} == {3}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import worst_error
+from servers import CPU_SERVER_ARGS, worst_error
 
 from torchrl_sglang import AsyncSGLang
 from torchrl_sglang.launch.ports import PortReservation
@@ -65,7 +65,7 @@ dist.destroy_process_group()
 """
 
 
-def in_ranks(script: str, *argv: str) -> list[dict[str, Any]]:
+def in_ranks(script: str, *argv: str, timeout_s: float = 90.0) -> list[dict[str, Any]]:
     """What each of two ranks said."""
     with PortReservation() as port:
         number = port.port
@@ -82,7 +82,7 @@ def in_ranks(script: str, *argv: str) -> list[dict[str, Any]]:
             )
         )
     try:
-        told_us = [rank.communicate(timeout=90.0) for rank in ranks]
+        told_us = [rank.communicate(timeout=timeout_s) for rank in ranks]
     finally:
         for rank in ranks:
             with rank:
@@ -132,6 +132,65 @@ def test_a_server_that_fails_in_mid_push(
     assert time.monotonic() - begun < 60.0
     assert "step 'transfer', bucket 2" in first["error"]
     assert "rank 0 said: PushError" in second["error"]
+
+
+RESTART = """
+import json, os, pickle, signal, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, WeightSyncConfig, assist_push
+from torchrl_sglang.weights.payload import Payloads
+
+path, options = pickle.loads(bytes.fromhex(sys.argv[1]))
+dist.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+if dist.get_rank():
+    assist_push(model)
+    assist_push(model)
+    print(json.dumps({}), flush=True)
+    dist.destroy_process_group()
+    sys.exit()
+
+flattened, killed = Payloads._flattened, []
+
+def kill(payloads, index, bucket):
+    if index == 1 and not killed:
+        [server] = [each for each in service._local.fleet._children if each.name == "server-0"]
+        os.killpg(server.pid, signal.SIGKILL)
+        killed.append(server.pid)
+    return flattened(payloads, index, bucket)
+
+with AsyncSGLang.from_pretrained(path, device="cpu", **options) as service:
+    config = WeightSyncConfig(bucket_bytes=1 << 18, lost_engines="restart")
+    scheme = SGLangWeightSyncScheme(service, config=config)
+    scheme.init_on_sender()
+    scheme.connect()
+    Payloads._flattened = kill
+    pushes = []
+    for _ in range(2):
+        scheme.send(model)
+        push = scheme.last_push
+        pushes.append([len(push.restarted_engines), push.verified_by, push.num_buckets > 3])
+    [done] = service.generate([[5, 6, 7]], {"max_new_tokens": 4})
+    newest = done.weight_version == str(push.version)
+    print(json.dumps({"killed": len(killed), "pushes": pushes, "newest": newest}), flush=True)
+    scheme.close()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.faults
+def test_a_server_that_is_started_again_in_mid_push(model_path: Any) -> None:
+    """The other rank waits meanwhile, gathers everything once more, and then for the next push."""
+    told = pickle.dumps((str(model_path), CPU_SERVER_ARGS)).hex()
+    first, second = in_ranks(RESTART, told, timeout_s=300.0)
+    whole = [[1, "checksum", True], [0, "checksum", True]]
+    assert first == {"killed": 1, "pushes": whole, "newest": True}
+    assert second == {}
 
 
 PLAIN = """

@@ -826,10 +826,10 @@ def test_finding_a_beginning_is_quick_among_many() -> None:
     memory = TurnMemory()
     for index in range(3000):
         memory.keep(a_turn(index, chat="x" * (5000 - index) + "a"))
-    start = time.monotonic()
+    start = time.thread_time()
     assert memory.begins("x" * 5001) is None
     assert memory.begins("x" * 4000 + "abc").chat == "x" * 4000 + "a"  # type: ignore[union-attr]
-    assert time.monotonic() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 def test_an_older_turn_that_goes_leaves_the_latest_of_its_chat() -> None:
