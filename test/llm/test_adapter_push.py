@@ -256,7 +256,8 @@ def test_every_way_to_generate(service: AsyncSGLang, connected: Push, model: Any
     samples = service.generate(requests_of("policy", n=2, temperature=1.0))
     assert len(samples) == 6
     assert versions(samples) == {version}
-    assert worst_error(merged(model), [p for p in PROMPTS for _ in range(2)], samples) < 0.02
+    # The server computes the adapter apart, which rounds more in bf16 than one merged matrix.
+    assert worst_error(merged(model), [p for p in PROMPTS for _ in range(2)], samples) < 0.04
     batch = requests_of("policy")
     each = [group[0] for group in service.complete_each(batch)]
     early = [one for _, group in service.as_completed(batch) for one in group]

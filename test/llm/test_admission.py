@@ -142,11 +142,11 @@ def test_a_request_that_waited_for_a_connection_during_a_push(
 def test_nothing_is_sent_again_while_weights_change(
     proxied: AsyncSGLang, proxy: FaultProxy
 ) -> None:
-    proxy.faults["/generate"] = Fault(status=503, delay_s=0.2, times=1)
+    proxy.faults["/generate"] = Fault(status=503, delay_s=1.0, times=1)
     call = in_thread(lambda: proxied.generate(PROMPT, SAMPLING), "test")
     wait_until(lambda: salts(proxy))
     proxied.gate.begin()
-    time.sleep(1.0)  # the next attempt would be 0.4 s after the first
+    time.sleep(1.8)  # the next attempt would be 1.2 s after the first
     assert len(salts(proxy)) == 1
     proxied.gate.commit()
     assert call.result(10.0).output_ids
@@ -155,12 +155,12 @@ def test_nothing_is_sent_again_while_weights_change(
 
 def test_many_requests_that_a_push_held_ask_once(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
     """A service that did not push itself asks the server for its version."""
-    proxy.faults["/generate"] = Fault(status=503, delay_s=0.3, times=20)
+    proxy.faults["/generate"] = Fault(status=503, delay_s=1.0, times=20)
     requests = [request_of(5, 6, 20 + index) for index in range(20)]
     call = in_thread(lambda: proxied.complete(requests), "test")
     wait_until(lambda: len(salts(proxy)) == 20)
     proxied.gate.begin()
-    time.sleep(0.7)
+    time.sleep(1.5)
     proxied.gate.commit()
     assert len(call.result(20.0)) == 20
     assert [path for path, _ in proxy.seen].count("/model_info") == 2
@@ -212,7 +212,7 @@ def test_calls_in_flight_end_when_a_push_fails(attached: AsyncSGLang, form: str)
     attached.gate.fail(OSError("the cable"))
     with pytest.raises(ServiceBrokenError, match=r"in flight.*the cable") as caught:
         call.result(AT_ONCE_S)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < AT_ONCE_S
     assert isinstance(caught.value.__cause__, OSError)
 
 
@@ -231,7 +231,7 @@ def test_a_push_that_fails_for_real_and_its_repair(
     wait_until(lambda: num_running(proxied) == 3)
     proxy.faults["/generate"] = Fault(status=503)
     again = in_thread(lambda: proxied.generate(PROMPT, SAMPLING), "test")
-    wait_until(lambda: len(salts(proxy)) == 5)  # sent twice: its next attempt is 0.4 s away
+    wait_until(lambda: len(salts(proxy)) >= 5)  # sent twice: its next attempt is 0.4 s away
     proxy.faults["/update_weights_from_distributed"] = Fault(status=500, delay_s=1.0, times=1)
     push = in_thread(lambda: scheme.send(perturb(model, seed=64)), "test")
     wait_until(lambda: proxied.state is ServiceState.UPDATING)

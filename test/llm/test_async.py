@@ -298,12 +298,15 @@ def test_cancelling_frees_the_server(service: AsyncSGLang, attached: AsyncSGLang
 def test_a_timeout_around_a_call(watched: AsyncSGLang, watching: WatchingProxy) -> None:
     """What else is asked of the service goes on."""
     requests = requests_of(LONG, LONG, LONG)
+    watching.seen.clear()
 
     async def main() -> Any:
         other = asyncio.create_task(watched.agenerate([5, 6, 7], {"max_new_tokens": 300}))
+        call = asyncio.create_task(watched.acomplete(requests))
+        await until(lambda: [path for path, _ in watching.seen].count("/generate") == 4)
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
-                await watched.acomplete(requests)
+            async with asyncio.timeout(0.05):
+                await call
         await until(lambda: len(watching.left) == 3)
         return await other
 
@@ -385,7 +388,7 @@ def forms(service: AsyncSGLang) -> dict[str, Callable[[list[GenerateRequest]], A
 
 @pytest.mark.parametrize("form", ["blocking", "awaited"])
 def test_early_finishers_come_first(service: AsyncSGLang, model: Any, form: str) -> None:
-    lengths = [300, 4, 600, 60, 1]
+    lengths = [300, 30, 600, 120, 1]
     requests = requests_of(*(SamplingParams(max_new_tokens=n, ignore_eos=True) for n in lengths))
     finished = forms(service)[form](requests)
     assert [len(group[0].output_ids) for _, group in finished] == sorted(lengths)

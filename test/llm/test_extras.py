@@ -297,7 +297,7 @@ def test_hidden_states(
                 ids = torch.tensor([[*prompt, *response]])
                 expected = model.model(ids).last_hidden_state[0].float()
             before = expected[len(prompt) - 1 : -1]
-            torch.testing.assert_close(states, before, atol=0.15, rtol=0)  # bf16, up to 10
+            torch.testing.assert_close(states, before, atol=0.3, rtol=0)  # bf16, up to 11
             scores = (states @ model.lm_head.weight.float().T / 3).log_softmax(-1)
             torch.testing.assert_close(
                 chosen(scores, response), row["log_probs"].response[:5], atol=0.05, rtol=0
@@ -340,7 +340,7 @@ def test_hidden_states_when_weights_are_pushed_in_mid_generation(
         with torch.no_grad():
             ids = torch.tensor([[*prompt, *response]])
             expected = model.model(ids).last_hidden_state[0, len(prompt) - 1 : -1].float()
-        torch.testing.assert_close(states[switch:], expected[switch:], atol=0.15, rtol=0)
+        torch.testing.assert_close(states[switch:], expected[switch:], atol=0.3, rtol=0)
 
 
 def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:

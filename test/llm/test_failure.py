@@ -22,6 +22,7 @@ from torchrl_sglang.errors import (
     RequestRefusedError,
     ServerFailedError,
 )
+from torchrl_sglang.weights import watch as watch_module
 from torchrl_sglang.weights.failure import after_failure, forget_frames, with_its_cause
 from torchrl_sglang.weights.sending import WireError
 from torchrl_sglang.weights.watch import push_error, watch
@@ -77,10 +78,10 @@ WIRE = WireError("connection closed by peer")
 # What failed, of which engine; which one stops what (None: nothing), and after how long.
 CASES: dict[str, tuple[Exception, int | None, tuple[int, str, float] | None, bool]] = {
     "a broken wire, and a server that ends itself": (WIRE, None, (1, "end", 0.5), True),
-    "a broken wire, and a server that says no more": (WIRE, None, (1, "say", 0.9), True),
+    "a broken wire, and a server that says no more": (WIRE, None, (1, "say", 0.5), True),
     "a healthy one's refusal": (REFUSED, 0, (2, "end", 0.5), True),
-    "a healthy one's refusal, and one that says no more": (REFUSED, 0, (2, "say", 0.9), True),
-    "a broken connection": (BROKEN, 1, (1, "end", 0.2), True),
+    "a healthy one's refusal, and one that says no more": (REFUSED, 0, (2, "say", 0.5), True),
+    "a broken connection": (BROKEN, 1, (1, "end", 0.05), True),
     "a broken connection to another": (BROKEN, 1, (2, "end", 0.0), True),
     "a broken connection to a server that lives": (BROKEN, 1, None, False),
     "a broken wire alone": (WIRE, None, None, False),
@@ -160,7 +161,8 @@ def test_which_bucket_a_broken_wire_is_put_down_to() -> None:
     assert (caught.value.engine, caught.value.bucket) == (None, 1)
 
 
-def test_an_answer_explains_the_wire_that_broke_before_it() -> None:
+def test_an_answer_explains_the_wire_that_broke_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "ENGINE_LAG_S", 5.0)
     answer, wire = failing(0.12, REFUSED), failing(0.1, WIRE)
     with pytest.raises(PushError) as caught:
         watch({answer: "http://a"}, step="transfer", timeout_s=5.0, bucket=4, beside=wire)

@@ -165,6 +165,8 @@ def test_a_push_waits_for_requests_that_are_being_posted(gate: UpdateGate) -> No
     assert gate.start_posting(epoch)
     pusher = threading.Thread(target=gate.begin)
     pusher.start()
+    while gate.state is not ServiceState.UPDATING:
+        assert pusher.is_alive()
     gate.end_posting()
     pusher.join(0.1)
     assert pusher.is_alive()

@@ -87,7 +87,7 @@ def test_log_probs_equal_a_hugging_face_forward(
     log_probs = [value for completion in completions for value in completion.log_probs]
     assert len(log_probs) == 128
     # Peaked: a uniform distribution over the vocabulary would put every token at -6.
-    assert sum(value > -1 for value in log_probs) > 16
+    assert sum(value > -1 for value in log_probs) > 4
     # The servers' logits differ by bf16 rounding, which a temperature below 1 magnifies.
     assert worst_error(model, prompts, completions, temperature) < 0.02 / temperature
 

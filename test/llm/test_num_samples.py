@@ -100,7 +100,8 @@ def test_every_mode_layout_and_shape(
             if mode == "history":
                 history = row["history"].full
                 assert history.role == ["user", "assistant"]
-                assert history.content == [question, row["text"].response]
+                content = row["text"].response.removesuffix(tokenizer.eos_token)
+                assert history.content == [question, content]
         assert len(responses) == N  # of 512 ** 6 at temperature 2
 
 

@@ -106,7 +106,8 @@ def check_row(row: Any, tokenizer: Any, model: Any, mode: str, padded: bool) -> 
     if mode == "history":
         turns = row["history"].full
         assert turns.role == ["user", "assistant"]
-        assert row["history"].response.content == [text.response]
+        content = text.response.removesuffix(tokenizer.eos_token)
+        assert row["history"].response.content == [content]
         assert text.prompt.endswith("<|im_start|>assistant\n")
 
 

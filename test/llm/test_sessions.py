@@ -174,7 +174,7 @@ def test_a_copy_knows_nothing_of_the_sessions(attached: AsyncSGLang) -> None:
 
 
 def test_sessions_that_are_not_used_time_out(service: AsyncSGLang) -> None:
-    session = service.open_session(timeout_s=0.5)
+    session = service.open_session(timeout_s=2.0)
     assert held(service, session.session_id)
     wait_until(lambda: not held(service, session.session_id))
     with pytest.raises(RequestRefusedError, match="does not exist"):
@@ -209,13 +209,13 @@ def test_closing_that_fails_can_be_tried_again(
 def test_a_silent_server_does_not_hold_shutdown_up(proxy: FaultProxy, service: AsyncSGLang) -> None:
     keys = service._keys
     external = AsyncSGLang.connect(
-        proxy.url, api_key=keys.api_key, timeouts=Timeouts(control_s=0.5)
+        proxy.url, api_key=keys.api_key, timeouts=Timeouts(control_s=2.0)
     )
     sessions = [external.open_session() for _ in range(5)]
     proxy.faults["/close_session"] = Fault(delay_s=30.0)
     start = time.monotonic()
     external.shutdown()
-    assert time.monotonic() - start < 1.5  # one bound, not five
+    assert time.monotonic() - start < 6.0  # one bound, not five
     for session in sessions:
         service.workers[0].post("/close_session", {"session_id": session.session_id})
 
