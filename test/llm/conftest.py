@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import FaultProxy
+from hypothesis import settings
 from servers import CPU_SERVER_ARGS, SPECIAL_SERVER_ARGS, make_peaked_model, ready_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("tests", deadline=None)  # machines are noisy
+settings.load_profile("tests")
 # A shell's background jobs ignore Ctrl-C, and so do their children: some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

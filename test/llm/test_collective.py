@@ -174,14 +174,15 @@ def test_a_broadcast_that_nobody_joined_is_freed(ranks: list[Rank], payload: tor
         stuck.result(0.3)
     begun = time.monotonic()
     group.close(broken=True)
-    assert time.monotonic() - begun < 0.5  # the caller does not wait for it
-    assert error_of(stuck, 2.0) is not None
+    assert not stuck.done()  # the caller does not wait for it
+    assert time.monotonic() - begun < 2.0
+    assert error_of(stuck, 4.0) is not None
     # Nor does whoever happens to collect the garbage: gloo's destructor waits for the broadcast.
     del group, stuck
     deadline = time.monotonic() + 2.0
     while (begun := time.monotonic()) < deadline:
         gc.collect()
-        assert time.monotonic() - begun < 1.5
+        assert time.monotonic() - begun < 2.4
     another = join("another", ranks[:2])
     check_broadcast(another, ranks[:2], payload)
     another.close(broken=False)
@@ -311,7 +312,7 @@ def test_closing_twice_gives_port_and_files_back() -> None:
         following.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         following.bind((HOST, rendezvous.port))
         following.listen()
-    assert open_files() == before
+    assert open_files() <= before  # what others have idle may close meanwhile
 
 
 def test_a_port_of_ones_own() -> None:

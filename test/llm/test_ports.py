@@ -106,7 +106,7 @@ def test_released_ports_are_free_and_no_file_is_left() -> None:
         pass
     held.release()
     bound(held.port, reuse=False).close()
-    assert open_files() == before
+    assert open_files() <= before  # others may close meanwhile
 
 
 def test_a_port_in_use(listener: socket.socket) -> None:
@@ -114,7 +114,7 @@ def test_a_port_in_use(listener: socket.socket) -> None:
     before = open_files()
     with pytest.raises(PortTakenError, match=f"port {port} on {HOST} is in use.*port=None"):
         PortReservation(HOST, port)
-    assert open_files() == before
+    assert open_files() <= before  # others may close meanwhile
 
 
 def test_a_port_that_is_bound_but_does_not_listen() -> None:

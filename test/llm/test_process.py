@@ -307,7 +307,7 @@ def test_leaving_the_block_stops_it_and_leaves_no_file_open(tmp_path: Path) -> N
     with ChildProcess("c", SLEEP, env=os.environ, log_path=tmp_path / "log", grace_s=5.0) as child:
         until(lambda: len(session(child.pid)) == 2)
     assert session(child.pid) == []
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # others may close meanwhile
 
 
 # The end of the parent

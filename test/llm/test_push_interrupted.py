@@ -16,7 +16,7 @@ from servers import needs, perturb, worst_error
 from torch.distributed.distributed_c10d import _world
 
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
-from torchrl_sglang.errors import PushError, ServiceBrokenError
+from torchrl_sglang.errors import PushError, RequestRefusedError, ServiceBrokenError
 from torchrl_sglang.gate import UpdateGate
 from torchrl_sglang.threads import in_thread
 from torchrl_sglang.weights import broadcast as broadcast_module
@@ -271,20 +271,26 @@ def test_servers_that_change_are_joined_anew(
 
 
 def test_another_process_that_pushes_is_not_taken_for_a_dead_one(
-    service: AsyncSGLang, attached: AsyncSGLang, model: Any, connected: Connect
+    service: AsyncSGLang, proxied: AsyncSGLang, proxy: FaultProxy, model: Any, connected: Connect
 ) -> None:
     needs(service, "update_session")
-    scheme = connected(attached)
+    scheme = connected(proxied)
     [other] = service.workers
     other.post("/begin_weight_update")
-    ending = threading.Timer(0.3, other.post, ["/end_weight_update"])
-    ending.start()
+
+    def end() -> None:
+        """The second time that it asks to begin, the first was refused."""
+        until(lambda: [path for path, _ in proxy.seen].count("/begin_weight_update") >= 2)
+        other.post("/end_weight_update")
+
+    proxy.seen.clear()
+    ending = in_thread(end, "test")
     with pytest.raises(PushError, match="another process was pushing") as caught:
         scheme.send(model)
-    ending.join()
-    assert (caught.value.step, caught.value.engine) == ("begin", other.url)
+    ending.result(10.0)
+    assert (caught.value.step, caught.value.engine) == ("begin", proxy.url)
     scheme.send(model)
-    assert attached.state is ServiceState.SYNCED
+    assert proxied.state is ServiceState.SYNCED
 
 
 def test_a_probe_that_fails_leaves_no_session_open(
@@ -297,12 +303,20 @@ def test_a_probe_that_fails_leaves_no_session_open(
     assert isinstance(carrier, Broadcast)
     carrier._probe()
     proxy.faults[ROUTE] = Fault(status=500, times=1)
+    proxy.seen.clear()
     with pytest.raises(PushError, match="NCCL_CUMEM_ENABLE") as caught:
         carrier._probe()
     assert caught.value.step == "init"
-    until(lambda: any(path == "/end_weight_update" for path, _ in reversed(proxy.seen[-3:])))
-    time.sleep(0.2)
-    proxied.workers[0].post("/begin_weight_update")
+    until(lambda: any(path == "/end_weight_update" for path, _ in proxy.seen))
+
+    def begins() -> bool:
+        try:
+            proxied.workers[0].post("/begin_weight_update")
+        except RequestRefusedError:
+            return False
+        return True
+
+    until(begins)
     proxied.workers[0].post("/end_weight_update")
 
 
@@ -310,13 +324,13 @@ def test_a_group_that_was_joined_in_vain_is_left_again(
     proxied: AsyncSGLang, proxy: FaultProxy, restore_weights: None
 ) -> None:
     """The server has joined, but its answer is lost."""
-    groups = len(_world.pg_map)
+    groups = {*_world.pg_map}
     proxy.faults["/init_weights_update_group"] = Fault(lose=True, times=1)
     scheme = SGLangWeightSyncScheme(proxied)
     scheme.init_on_sender()
     with pytest.raises(PushError, match="init"):
         scheme.connect()
-    until(lambda: len(_world.pg_map) == groups)
+    until(lambda: {*_world.pg_map} <= groups)
     until(lambda: any(path == "/destroy_weights_update_group" for path, _ in proxy.seen))
     scheme.connect()
     scheme.close()

@@ -193,11 +193,10 @@ def in_flight(service: AsyncSGLang, tokens: int) -> tuple[threading.Thread, list
     prompts = [in_flight_prompt(index) for index in range(4)]
     thread = threading.Thread(target=lambda: results.extend(service.generate(prompts, sampling)))
     thread.start()
-    deadline = time.monotonic() + 10.0
-    while time.monotonic() < deadline:
-        loads = service.workers[0].get("/v1/loads")["loads"][0]
-        if loads["num_running_reqs"]:
-            break
+    deadline = time.monotonic() + 20.0
+    # All of them: the server says so some steps later, when each has a token.
+    while service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"] < 4:
+        assert time.monotonic() < deadline
     return thread, results
 
 

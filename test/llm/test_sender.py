@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -599,7 +600,11 @@ def test_flush_cache(service: AsyncSGLang, proxied: AsyncSGLang, proxy: FaultPro
     prompt = list(range(100, 164))
     proxied.generate(prompt, {"max_new_tokens": 1})
     assert proxied.generate(prompt, {"max_new_tokens": 1}).cached_tokens > 32
-    assert sender.flush_cache() is True
+    # The server refuses while its loop has not passed the last answer yet.
+    deadline = time.monotonic() + 5.0
+    while (flushed := sender.flush_cache()) is not True and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert flushed is True
     assert proxied.generate(prompt, {"max_new_tokens": 1}).cached_tokens == 0
     proxy.faults["/flush_cache"] = Fault(status=400)
     assert sender.flush_cache() is False

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from worker_infos import worker_info
 
@@ -202,7 +202,6 @@ def test_large_tensors_that_need_no_copy_are_sent_from_where_they_are() -> None:
     assert [t.data_ptr() for t in sent] == [t.data_ptr() for t in large.values()]
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=8), BUCKET_BYTES)
 def test_what_is_sent_can_be_taken_apart_again(shapes: list[list[int]], bucket_bytes: int) -> None:
     weights = {str(i): torch.randn(shape) for i, shape in enumerate(shapes)}
