@@ -49,7 +49,7 @@ test: $(STAMP) ## run the test suite against a real SGLang server on the CPU
 
 test-faults: $(STAMP) ## every fault at every step of a weight push; writes the table of the docs
 	FAULTS_REPORT=benchmarks/results/faults_cpu.md $(IN_VENV) -m pytest test/llm/test_faults.py \
-		-m 'faults or not faults' $(PYTEST_ARGS)
+		test/llm/test_sharded.py -m 'faults or not faults' $(PYTEST_ARGS)
 
 test-versions: $(STAMP) ## run the tests against older releases of SGLang too (slow, 3 GB for each)
 	VERSIONS='$(VERSIONS)' TORCH_INDEX='$(TORCH_INDEX)' tools/test_versions.sh $(PYTEST_ARGS)
