@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -53,6 +54,26 @@ SPECIAL_SERVER_ARGS: dict[str, Any] = {
 }
 
 
+def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
+    """Returns once it holds."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+
+
+def num_running(service: AsyncSGLang) -> int:
+    """Requests that the server works on; its own count lags behind by some steps."""
+    return int(service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"])
+
+
+def lacking(reason: str) -> NoReturn:
+    """Skips a test with an older release; the one that the tests are made for lacks nothing."""
+    if SERVER_PYTHON is None:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def needs(service: AsyncSGLang, *names: str) -> None:
     """Skips a test of what the server lacks, by what the library found out about it.
 
@@ -64,20 +85,20 @@ def needs(service: AsyncSGLang, *names: str) -> None:
     for name in names:
         holder = info.capabilities if hasattr(info.capabilities, name) else info.features
         if not getattr(holder, name):
-            pytest.skip(f"SGLang {info.version} as it runs here has no {name}")
+            lacking(f"SGLang {info.version} as it runs here has no {name}")
 
 
 def needs_version_spans(service: AsyncSGLang) -> None:
     """Skips a test of them where a server has none, which only its answers tell."""
     body = {"input_ids": [20, 21], "sampling_params": {"max_new_tokens": 1}}
     if "weight_versions" not in service.workers[0].post("/generate", body)["meta_info"]:
-        pytest.skip(f"SGLang {service.sglang_version} says one version per request")
+        lacking(f"SGLang {service.sglang_version} says one version per request")
 
 
 def needs_xgrammar(what: str) -> None:
     """Skips a test of what the grammar backend of an old server on a CPU does otherwise."""
     if CPU_SERVER_ARGS.get("grammar_backend") == "llguidance":
-        pytest.skip(f"llguidance {what}")
+        lacking(f"llguidance {what}")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs, needs_version_spans, perturb
+from servers import hf_log_probs, needs, needs_version_spans, perturb, wait_until
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -64,13 +64,6 @@ def load(service: AsyncSGLang) -> tuple[int, int]:
     """How many requests the server works on, and how many wait in its queue."""
     loads = service.workers[0].get("/v1/loads")["loads"][0]
     return loads["num_running_reqs"], loads["num_waiting_reqs"]
-
-
-def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 def once_running(service: AsyncSGLang, count: int, call: Callable[[], Any]) -> Future[Any]:

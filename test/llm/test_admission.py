@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import perturb, worst_error
+from servers import perturb, wait_until, worst_error
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -53,13 +53,6 @@ def request_of(*ids: int, sampling: SamplingParams = SAMPLING) -> GenerateReques
 def salts(proxy: FaultProxy) -> list[str]:
     """The salts of the generation requests so far."""
     return [json.loads(body)["extra_key"] for path, body in proxy.seen if path == "/generate"]
-
-
-def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
 
 
 def num_running(service: AsyncSGLang) -> int:

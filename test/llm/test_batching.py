@@ -18,7 +18,7 @@ import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
 from lora_files import random_adapter
-from servers import needs
+from servers import needs, wait_until
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -470,10 +470,3 @@ def test_a_timeout_of_zero_waits_for_nobody() -> None:
 def test_sizes_and_timeouts_that_can_not_be(service: AsyncSGLang, kwargs: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         batching_policy(service, **kwargs)
-
-
-def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)

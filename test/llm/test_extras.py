@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from behaviour import chosen, full_log_probs, hf_logits
-from servers import hf_log_probs, needs, needs_version_spans, perturb, ready_weights
+from servers import hf_log_probs, needs, needs_version_spans, perturb, ready_weights, wait_until
 from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -341,13 +341,6 @@ def test_hidden_states_when_weights_are_pushed_in_mid_generation(
             ids = torch.tensor([[*prompt, *response]])
             expected = model.model(ids).last_hidden_state[0, len(prompt) - 1 : -1].float()
         torch.testing.assert_close(states[switch:], expected[switch:], atol=0.3, rtol=0)
-
-
-def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from servers import wait_until
 
 from torchrl_sglang import ServiceState
 from torchrl_sglang import gate as gate_module
@@ -165,8 +166,7 @@ def test_a_push_waits_for_requests_that_are_being_posted(gate: UpdateGate) -> No
     assert gate.start_posting(epoch)
     pusher = threading.Thread(target=gate.begin)
     pusher.start()
-    while gate.state is not ServiceState.UPDATING:
-        assert pusher.is_alive()
+    wait_until(lambda: gate.state is ServiceState.UPDATING)
     gate.end_posting()
     pusher.join(0.1)
     assert pusher.is_alive()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
 from lora_files import ATTENTION, MLP, merge_adapter, random_adapter
-from servers import hf_log_probs, perturb, worst_error
+from servers import hf_log_probs, perturb, wait_until, worst_error
 from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import (
@@ -479,9 +478,7 @@ def test_an_unload_under_way_is_noticed(
     second.faults[UNLOAD] = Fault(delay_s=5.0)
     under_way = threading.Thread(target=pair.unload, args=("a",))
     under_way.start()
-    deadline = time.monotonic() + 4.0
-    while first.names() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: not first.names(), 4.0)
     assert under_way.is_alive()
     with pytest.raises(InputError, match="'a' is not loaded"):
         pair.check(["a"])

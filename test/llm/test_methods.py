@@ -21,7 +21,7 @@ import torch
 from fault_proxy import Fault, FaultProxy
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from servers import perturb, worst_error
+from servers import num_running, perturb, wait_until, worst_error
 
 from torchrl_sglang import (
     AsyncSGLang,
@@ -159,10 +159,6 @@ def test_a_push_that_does_not_block(
     assert error_of(service, model) < 0.02
 
 
-def num_running(service: AsyncSGLang) -> int:
-    return service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_requests_in_flight_lose_no_token(
     service: AsyncSGLang, model: Any, connected: Connect, method: str
@@ -171,9 +167,7 @@ def test_requests_in_flight_lose_no_token(
     sampling = {**SAMPLING, "max_new_tokens": 400}
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(service.generate, PROMPTS, sampling)
-        deadline = time.monotonic() + 20.0
-        while num_running(service) < len(PROMPTS):
-            assert time.monotonic() < deadline
+        wait_until(lambda: num_running(service) >= len(PROMPTS), 20.0)
         scheme.send(perturb(model, seed=78))
         assert not running.done()
         completions = running.result(60.0)

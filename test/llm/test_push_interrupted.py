@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import needs, perturb, worst_error
+from servers import needs, perturb, wait_until, worst_error
 from torch.distributed.distributed_c10d import _world
 
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
@@ -36,13 +36,6 @@ Connect = Callable[..., SGLangWeightSyncScheme]
 
 def error_of(service: AsyncSGLang, model: Any) -> float:
     return worst_error(model, PROMPTS, service.generate(PROMPTS, SAMPLING))
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened in time"
-        time.sleep(0.01)
 
 
 def interrupt(*_: Any, **__: Any) -> Any:
@@ -198,10 +191,10 @@ def test_a_scheme_that_nobody_holds_finishes_its_push(
     gc.collect()
     assert service.state is ServiceState.UPDATING
     held.set()
-    until(lambda: service.state is not ServiceState.UPDATING)
+    wait_until(lambda: service.state is not ServiceState.UPDATING)
     assert service.state is ServiceState.SYNCED
     assert error_of(service, model) < 0.02
-    until(lambda: gc.collect() * 0 == 0 and known() is None)
+    wait_until(lambda: gc.collect() * 0 == 0 and known() is None)
 
 
 def test_closing_tells_what_became_of_the_last_push(
@@ -280,7 +273,7 @@ def test_another_process_that_pushes_is_not_taken_for_a_dead_one(
 
     def end() -> None:
         """The second time that it asks to begin, the first was refused."""
-        until(lambda: [path for path, _ in proxy.seen].count("/begin_weight_update") >= 2)
+        wait_until(lambda: [path for path, _ in proxy.seen].count("/begin_weight_update") >= 2)
         other.post("/end_weight_update")
 
     proxy.seen.clear()
@@ -307,7 +300,7 @@ def test_a_probe_that_fails_leaves_no_session_open(
     with pytest.raises(PushError, match="NCCL_CUMEM_ENABLE") as caught:
         carrier._probe()
     assert caught.value.step == "init"
-    until(lambda: any(path == "/end_weight_update" for path, _ in proxy.seen))
+    wait_until(lambda: any(path == "/end_weight_update" for path, _ in proxy.seen))
 
     def begins() -> bool:
         try:
@@ -316,7 +309,7 @@ def test_a_probe_that_fails_leaves_no_session_open(
             return False
         return True
 
-    until(begins)
+    wait_until(begins)
     proxied.workers[0].post("/end_weight_update")
 
 
@@ -330,8 +323,8 @@ def test_a_group_that_was_joined_in_vain_is_left_again(
     scheme.init_on_sender()
     with pytest.raises(PushError, match="init"):
         scheme.connect()
-    until(lambda: {*_world.pg_map} <= groups)
-    until(lambda: any(path == "/destroy_weights_update_group" for path, _ in proxy.seen))
+    wait_until(lambda: {*_world.pg_map} <= groups)
+    wait_until(lambda: any(path == "/destroy_weights_update_group" for path, _ in proxy.seen))
     scheme.connect()
     scheme.close()
 
@@ -343,5 +336,5 @@ def test_servers_are_told_of_a_group_that_failed(
     proxy.faults[ROUTE] = Fault(status=500, times=1)
     with pytest.raises(PushError):
         scheme.send(model)
-    until(lambda: any(path == "/destroy_weights_update_group" for path, _ in proxy.seen))
+    wait_until(lambda: any(path == "/destroy_weights_update_group" for path, _ in proxy.seen))
     scheme.send(model)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs_version_spans, perturb, worst_error
+from servers import hf_log_probs, needs_version_spans, num_running, perturb, wait_until, worst_error
 
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import (
@@ -193,10 +193,7 @@ def in_flight(service: AsyncSGLang, tokens: int) -> tuple[threading.Thread, list
     prompts = [in_flight_prompt(index) for index in range(4)]
     thread = threading.Thread(target=lambda: results.extend(service.generate(prompts, sampling)))
     thread.start()
-    deadline = time.monotonic() + 20.0
-    # All of them: the server says so some steps later, when each has a token.
-    while service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"] < 4:
-        assert time.monotonic() < deadline
+    wait_until(lambda: num_running(service) >= 4, 20.0)  # each has a token by then
     return thread, results
 
 

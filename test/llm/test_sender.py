@@ -6,7 +6,6 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import needs_version_spans, perturb
+from servers import needs_version_spans, perturb, wait_until
 from tensordict import TensorDict, set_list_to_stack
 from test_collector import make_collector, served_error
 from test_weights import NORM, STEPS
@@ -601,10 +600,7 @@ def test_flush_cache(service: AsyncSGLang, proxied: AsyncSGLang, proxy: FaultPro
     proxied.generate(prompt, {"max_new_tokens": 1})
     assert proxied.generate(prompt, {"max_new_tokens": 1}).cached_tokens > 32
     # The server refuses while its loop has not passed the last answer yet.
-    deadline = time.monotonic() + 5.0
-    while (flushed := sender.flush_cache()) is not True and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert flushed is True
+    wait_until(lambda: sender.flush_cache() is True, 5.0)
     assert proxied.generate(prompt, {"max_new_tokens": 1}).cached_tokens == 0
     proxy.faults["/flush_cache"] = Fault(status=400)
     assert sender.flush_cache() is False

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs, perturb
+from servers import hf_log_probs, needs, num_running, perturb
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -64,10 +64,6 @@ def wait_until(holds: Callable[[], Any], within_s: float = 15.0) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.02)
-
-
-def num_running(service: AsyncSGLang) -> int:
-    return int(service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"])
 
 
 def turn(service: AsyncSGLang, session: Session, new: list[int], **fields: Any) -> Any:

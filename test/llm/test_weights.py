@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import needs, needs_version_spans, perturb, ready_weights, worst_error
+from servers import (
+    needs,
+    needs_version_spans,
+    num_running,
+    perturb,
+    ready_weights,
+    wait_until,
+    worst_error,
+)
 from tensordict import TensorDict
 from torchrl.modules.llm.policies import TransformersWrapper
 
@@ -197,10 +205,7 @@ def test_requests_in_flight_when_a_push_comes(
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.extend(service.generate(PROMPTS[:4], long)))
     thread.start()
-    deadline = time.monotonic() + 20.0
-    # All of them: the server says so some steps later, when each has a token.
-    while service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"] < 4:
-        assert time.monotonic() < deadline
+    wait_until(lambda: num_running(service) >= 4, 20.0)  # each has a token by then
     scheme.send(perturb(model, seed=8))
     thread.join(120.0)
     assert len(results) == 4
