@@ -46,7 +46,8 @@ class SGLangWrapper(LLMWrapperBase):
         pad_output: pad prompts on the left and responses on the right, instead of ragged rows.
         inplace: True writes into the input, False returns the outputs alone, ``"empty"`` an empty
             copy of the input with the outputs. With ``num_samples``: False.
-        device: device of the outputs; the input's by default.
+        device: device of the outputs; the input's by default. Outputs that are written into a
+            TensorDict which has a device are on that one.
         layout: only ``torch.strided`` (the default).
         num_samples: completions per prompt, in a last batch dimension of their own.
         chat_template_name: name of one of TorchRL's templates, for history mode.
@@ -237,14 +238,18 @@ class SGLangWrapper(LLMWrapperBase):
     def _place(
         self, source: TensorDictBase, out: TensorDictBase, target: TensorDictBase | None
     ) -> TensorDictBase:
-        """Writes the outputs to where the caller wants them."""
+        """Writes the outputs to where the caller wants them.
+
+        A TensorDict that is written into has its values on its own device, if it has one.
+        """
         device = self._device or source.device
-        if device is not None:
-            out = out.to(device)
         if target is None:
             if self.inplace is False:
-                return out
-            target = source if self.inplace is True else source.empty()
+                return out if device is None else out.to(device)
+            target = source if self.inplace is True else source.empty(device=device)
+        device = target.device or device
+        if device is not None:
+            out = out.to(device)
         target = target.exclude(*self.out_keys, inplace=True)
         return target.update(out, keys_to_update=self.out_keys)
 

@@ -16,6 +16,7 @@ from .rollout.padding import (
     check_ids,
     masks_or_none,
     prompt_masks,
+    readable_rows,
     rows_of,
     strip_padding,
 )
@@ -149,7 +150,7 @@ def _turn_before(
 
 def _carried(td: TensorDictBase, spec: PromptSpec) -> list[Turn | None]:
     """Each row's turn before, where the TensorDict still has its tokens."""
-    rows = None if spec.tokens_key is None else rows_of(td, _below(spec.tokens_key, "full"))
+    rows = None if spec.tokens_key is None else readable_rows(td, _below(spec.tokens_key, "full"))
     if rows is None:
         return [None] * td.batch_size[0]
     masks = masks_or_none(td, spec.masks_key, None, len(rows))
@@ -190,7 +191,7 @@ def _ready_tokens(td: TensorDictBase, spec: PromptSpec) -> list[list[int]] | Non
     if spec.tokens_key is None:
         return None
     for part in ("prompt", "full") if spec.generate else ("full",):
-        rows = rows_of(td, _below(spec.tokens_key, part))
+        rows = readable_rows(td, _below(spec.tokens_key, part))
         if rows is not None:
             masks = masks_or_none(td, spec.masks_key, None, len(rows))
             return [_stripped(r, m, spec) for r, m in zip(rows, masks, strict=True)]
@@ -203,7 +204,7 @@ def _ready_masks(
     """Assistant masks that are there already, for tokens that are there already."""
     if spec.generate or spec.masks_key is None:
         return None
-    rows = rows_of(td, _below(spec.masks_key, "all_assistant_mask"))
+    rows = readable_rows(td, _below(spec.masks_key, "all_assistant_mask"))
     attended = attention_masks(td, spec.masks_key, None)
     if rows is None or attended is None:
         return None

@@ -14,7 +14,7 @@ import torchrl_sglang
 
 ROOT = "torchrl_sglang"
 FOLDER = Path(torchrl_sglang.__file__).parent
-MAX_LINES = 300
+MAX_LINES = 500
 # To be split; nothing joins this list.
 LONGER: set[str] = set()
 

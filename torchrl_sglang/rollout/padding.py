@@ -19,6 +19,12 @@ def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
     return None if value is None else list(value.unbind(0))
 
 
+def readable_rows(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
+    """Same as `rows_of`; None too where the rows have no data, as on the meta device."""
+    rows = rows_of(td, key)
+    return None if rows is None or any(row.is_meta for row in rows) else rows
+
+
 def attention_masks(
     td: TensorDictBase, masks_key: NestedKey | None, plain_key: NestedKey | None
 ) -> list[torch.Tensor] | None:
@@ -28,7 +34,7 @@ def attention_masks(
         base = masks_key if isinstance(masks_key, tuple) else (masks_key,)
         keys.insert(0, (*base, "all_attention_mask"))
     for key in keys:
-        masks = rows_of(td, key)
+        masks = readable_rows(td, key)
         if masks is not None:
             return masks
     return None
@@ -70,7 +76,8 @@ def _leaves_out_one_id(row: torch.Tensor, mask: torch.Tensor) -> bool:
 def check_ids(rows: Sequence[Any], key: NestedKey) -> None:
     """Raises `InputError` for rows that are no token ids."""
     for index, row in enumerate(rows):
-        if not isinstance(row, torch.Tensor) or row.dtype.is_floating_point or row.ndim != 1:
+        ids = isinstance(row, torch.Tensor) and not row.dtype.is_floating_point and row.ndim == 1
+        if not ids or row.is_meta:
             raise InputError(
                 f"{key!r} should hold integer token ids of shape [batch, time], ragged "
                 f"or padded; row {index} is {_describe(row)}."
@@ -79,7 +86,8 @@ def check_ids(rows: Sequence[Any], key: NestedKey) -> None:
 
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+        where = " on the meta device, which has no data" if value.is_meta else ""
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}{where}"
     return f"a {type(value).__name__}"
 
 

@@ -18,7 +18,7 @@ from ..prompts import Prompts, PromptSpec
 from ..protocol import GenerateRequest
 from ..sampling import SamplingParams
 from .media import MEDIA_OPTIONS, media_of
-from .padding import masks_or_none, rows_of
+from .padding import masks_or_none, readable_rows
 from .row_requests import ROW_OPTIONS, CallOptions, given_rids
 from .texts import non_tensor
 
@@ -125,7 +125,7 @@ def read_places(td: TensorDictBase, prompts: Prompts, spec: PromptSpec) -> Place
     if written is not None:
         return Places(attended=attended, assistant_masks=[torch.tensor(mask) for mask in written])
     key = spec.input_key if spec.mode == "tokens" else _below(spec.tokens_key, "full")
-    rows = None if key is None else rows_of(td, key)
+    rows = None if key is None else readable_rows(td, key)
     if rows is None:
         return Places(attended=attended, assistant_masks=None)
     masks = masks_or_none(td, spec.masks_key, spec.attention_mask_key, len(rows))
@@ -165,7 +165,7 @@ def _carried(
     td: TensorDictBase, standing: Sequence[torch.Tensor], spec: PromptSpec
 ) -> list[torch.Tensor] | None:
     key = _below(spec.masks_key, "all_assistant_mask")
-    masks = None if key is None else rows_of(td, key)
+    masks = None if key is None else readable_rows(td, key)
     if masks is None:
         return None
     fits = all(mask.shape == where.shape for mask, where in zip(masks, standing, strict=True))

@@ -85,6 +85,7 @@ def build_histories(
                     "is_complete": complete[completion.finish_type == "stop"],
                 },
                 batch_size=[],
+                device=prompt.device,  # the turns of one history are all on one
             )
         )
         full = lazy_stack([*prompt.unbind(0), turn])
