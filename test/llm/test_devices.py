@@ -10,8 +10,9 @@ import torch
 from servers import hf_log_probs
 from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torch.utils.data import DataLoader
-from torchrl.collectors.llm import LLMCollector
+from torchrl.data import Unbounded
 from torchrl.data.llm import History
+from torchrl.envs import Transform
 from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
 
@@ -172,6 +173,19 @@ def test_a_partial_rollout_goes_on(service: AsyncSGLang, tokenizer: Any) -> None
     check_device(policy.resume(done), CPU)
 
 
+class LengthReward(Transform):
+    """An environment of TorchRL with a device needs a reward; here it counts sampled tokens."""
+
+    def _step(self, tensordict: Any, next_tensordict: Any) -> Any:
+        counts = [float(len(row["tokens"].response)) for row in tensordict.unbind(0)]
+        reward = torch.tensor(counts, device=tensordict.device)[:, None]
+        return next_tensordict.set("reward", reward)
+
+    def transform_reward_spec(self, reward_spec: Any) -> Any:
+        reward_spec["reward"] = Unbounded((*reward_spec.shape, 1), device=reward_spec.device)
+        return reward_spec
+
+
 @pytest.mark.parametrize("env_device", [None, "cpu"])
 @pytest.mark.parametrize("policy_device", [None, "cpu"])
 def test_in_an_environment(
@@ -182,11 +196,11 @@ def test_in_an_environment(
     loader = DataLoader(QUESTIONS * 4, batch_size=2, collate_fn=lambda queries: {"query": queries})
     env = ChatEnv.from_dataloader(
         loader, batch_size=(2,), tokenizer=tokenizer, input_mode="history", device=env_device
-    )
+    ).append_transform(LengthReward())
     with set_list_to_stack(True):
-        collector = LLMCollector(env, policy=policy, dialog_turns_per_batch=4, total_dialog_turns=4)
-        (batch,) = collector
-    rows = list(batch.reshape(-1).unbind(0))
-    assert [row["history"].full.role for row in rows] == [["user", "assistant"]] * len(rows)
-    assert {row["tokens"].full.device for row in rows} == {CPU}
-    collector.shutdown()
+        batch = env.rollout(1, policy, break_when_any_done=False)
+    assert batch.device == (None if env_device is None else CPU)
+    for row in batch[:, 0].unbind(0):
+        assert row["history"].full.role == ["user", "assistant"]
+        assert row["tokens"].full.device == CPU
+        assert row["next", "reward"].item() == 4
