@@ -21,7 +21,8 @@ from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 from .completions import Completion
 from .errors import ResponseError
 from .prompts import Prompts
-from .rollout.texts import TextOptions, build_histories, build_texts, decode
+from .rollout.texts import TextOptions, build_histories, build_texts, contents, decode
+from .rollout.turns import SpecialTokens
 
 NAN = float("nan")
 
@@ -35,6 +36,7 @@ class OutputSpec:
         padded: prompts padded on the left, responses on the right; else ragged rows.
         tokenizer: decodes the response; None leaves text and history out.
         pad_id: id to pad with.
+        special: the tokenizer's special tokens.
         text: how sampled ids become text.
     """
 
@@ -46,6 +48,7 @@ class OutputSpec:
     padded: bool
     tokenizer: Any
     pad_id: int
+    special: SpecialTokens = field(default_factory=SpecialTokens)
     text: TextOptions = field(default_factory=TextOptions)
 
 
@@ -161,11 +164,15 @@ def build_outputs(
             completions,
             decoded,
             tokenizer=spec.tokenizer,
+            special=spec.special,
             options=spec.text,
         )
     if decoded is not None and spec.history_key is not None and prompts.history is not None:
         columns[spec.history_key] = build_histories(
-            prompts.history, completions, decoded, spec.tokenizer
+            prompts.history,
+            prompts.begun or [None] * len(completions),
+            contents(completions, decoded, spec.tokenizer, spec.special),
+            [completion.finish_type == "stop" for completion in completions],
         )
     return columns
 
@@ -242,7 +249,7 @@ def _log_probs(rows: Rows, completions: Sequence[Completion], spec: OutputSpec) 
     scored = [
         as_floats(c.input_log_probs)
         if c.input_log_probs is not None
-        else torch.full((len(p),), NAN)
+        else torch.full((len(p),), NAN, dtype=torch.float32, device="cpu")
         for p, c in zip(rows.prompts, completions, strict=True)
     ]
     sampled = [as_floats(c.log_probs) for c in completions]

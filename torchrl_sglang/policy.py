@@ -28,8 +28,9 @@ class SGLangWrapper(LLMWrapperBase):
     `Text`, `Tokens`, `Masks`, `LogProbs` and, in history mode, `ChatHistory`, laid out as
     TorchRL's `TransformersWrapper` does. Prompts are tokenised once and sent as ids; all prompts of
     a call are in flight at once. Log-probs are float32, after temperature and penalties, and NaN
-    at prompt positions. ``masks.all_assistant_mask`` marks exactly the sampled tokens. In history
-    and text mode, a prompt that goes on from an earlier turn begins with that turn's very tokens.
+    at prompt positions. ``masks.all_assistant_mask`` marks exactly the tokens that this call
+    sampled: those of earlier turns are part of the prompt. In history mode, and in text mode with a
+    TensorDict that carries the turn before, a prompt that goes on begins with that turn's tokens.
 
     Args:
         service: the rollout service, or the URL of a router or server.
@@ -37,12 +38,15 @@ class SGLangWrapper(LLMWrapperBase):
         input_mode: ``"history"``, ``"text"`` or ``"tokens"``.
         input_key: where the prompts are; by default ``(input_mode, "prompt")``, or ``"full"``
             without ``generate``.
-        attention_mask_key: mask of padded token prompts; without one, pads at the ends are dropped.
+        attention_mask_key: mask of padded token prompts. Without one, pads at the ends of a padded
+            tensor's rows are dropped, where EOS is the pad but one at the end; rows of a lazy stack
+            have no padding, unless their ``Tokens.padded`` says so.
         generate: False scores what is there: log-probs at temperature 1, no token is generated.
         generate_kwargs: sampling options, see `SamplingParams`; ``max_new_tokens`` is 128 unless
             given. On servers without a tokenizer, ``stop`` is matched here: they generate on, and
             what comes after the stop is dropped.
-        tokenizer_kwargs: options for tokenising in text mode.
+        tokenizer_kwargs: options for tokenising in text mode; in history mode, for the template:
+            ``tools``, ``documents``, and what it reads itself, such as ``enable_thinking``.
         pad_output: pad prompts on the left and responses on the right, instead of ragged rows.
         inplace: True writes into the input, False returns the outputs alone, ``"empty"`` an empty
             copy of the input with the outputs. With ``num_samples``: False.
@@ -51,13 +55,20 @@ class SGLangWrapper(LLMWrapperBase):
         layout: only ``torch.strided`` (the default).
         num_samples: completions per prompt, in a last batch dimension of their own.
         chat_template_name: name of one of TorchRL's templates, for history mode.
-        chat_template: a template, for history mode; the tokenizer's own by default.
+        chat_template: a template, or the name of one of the tokenizer's, for history mode; the
+            tokenizer's own by default.
         return_log_probs: whether to return log-probs (default True).
         history_key, text_key, tokens_key, masks_key, log_probs_key: output keys; None leaves that
             output out.
         batching: calls of several threads share requests; ``min_batch_size`` rows are sent at once,
             fewer after ``batching_timeout`` seconds, at most ``max_batch_size`` together.
-        prefer_tokens: in history mode, send ``(tokens_key, "prompt")`` where it is there.
+        prefer_tokens: in history mode, send ``(tokens_key, "prompt")`` where it is there and says
+            what the chat says.
+        carry_turns: a prompt that goes on from an earlier turn begins with that turn's very tokens,
+            also where the template would write that turn otherwise now, as those do that drop
+            earlier thoughts. False renders and tokenises every prompt anew.
+        continue_final_message: in history mode, an assistant's message at the end of a chat is
+            continued; ``history.response`` is then that message as a whole.
         pad_model_input: must be None; nothing is padded on its way to SGLang.
         log_probs_mode: ``"reported"``: as SGLang reports them, without top-k, top-p and min-p, and
             at temperature 1 where it is greedy. ``"corrected"``: of the distribution that was
@@ -112,6 +123,8 @@ class SGLangWrapper(LLMWrapperBase):
         max_batch_size: int | None = None,
         batching_timeout: float = 10.0,
         prefer_tokens: bool = False,
+        carry_turns: bool = True,
+        continue_final_message: bool = False,
         log_probs_mode: Literal["reported", "corrected", "strict"] | None = None,
         processor: LogitProcessor | None = None,
         lora: str | None = None,

@@ -6,21 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data.llm import History
 
-from .errors import ConfigError, EmptyPromptError, InputError
-from .rollout.chats import Chats
+from .errors import ConfigError, EmptyPromptError, InputError, InputTypeError
+from .rollout.chats import ChatFormat, Chats
 from .rollout.padding import (
+    attended,
     attention_masks,
-    check_ids,
-    masks_or_none,
+    below,
+    id_rows,
+    pads_of,
     prompt_masks,
-    readable_rows,
-    rows_of,
-    strip_padding,
+    values_of,
 )
-from .rollout.turns import Message, Turn, TurnMemory, chat_key, last_answer
+from .rollout.turns import Message, SpecialTokens, Turn, TurnMemory, chat_key, last_answer
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = ("history", "text", "tokens")
@@ -39,9 +40,9 @@ class PromptSpec:
         tokens_key: the `Tokens` of a turn before, or those that ``prefer_tokens`` looks at.
         text_key: the `Text` of a turn before.
         prefer_tokens: in history mode, use tokens that are there instead of tokenising.
-        tokenizer: Hugging Face tokenizer; None is enough for tokens.
+        carry_turns: a prompt that goes on from a turn begins with that turn's tokens.
         tokenizer_kwargs: options for tokenising text.
-        template: chat template that history is rendered with.
+        chats: how chats, and text, become ids; its tokenizer may be None for tokens.
         memory: turns that this policy finished.
     """
 
@@ -53,10 +54,20 @@ class PromptSpec:
     tokens_key: NestedKey | None = "tokens"
     text_key: NestedKey | None = "text"
     prefer_tokens: bool = False
-    tokenizer: Any = None
+    carry_turns: bool = True
     tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    template: str | None = None
+    chats: ChatFormat
     memory: TurnMemory = field(default_factory=TurnMemory)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Hugging Face tokenizer, or None."""
+        return self.chats.tokenizer
+
+    @property
+    def special(self) -> SpecialTokens:
+        """The tokenizer's special tokens."""
+        return self.chats.special
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +79,19 @@ class Prompts:
         texts: the same as text, where the input was text or history.
         history: the same as history ``[batch, turns]``, where the input was history.
         chats: the same as messages, where the input was history.
+        begun: per row, what its last message says where that is continued, else None; for history
+            only.
         assistant_masks: per row, which tokens an assistant wrote; for scoring history only.
+        attended: per row, bool ``[time]``: where its ids stand in the input; for tokens only.
     """
 
     ids: list[list[int]]
     texts: list[str] | None = None
     history: History | None = None
     chats: list[list[Message]] | None = None
+    begun: Sequence[str | None] | None = None
     assistant_masks: list[list[bool]] | None = None
+    attended: list[torch.Tensor] | None = None
 
 
 def read_prompts(td: TensorDictBase, spec: PromptSpec) -> Prompts:
@@ -92,19 +108,26 @@ def read_prompts(td: TensorDictBase, spec: PromptSpec) -> Prompts:
     return prompts
 
 
-def _required(value: Any, td: TensorDictBase, spec: PromptSpec) -> Any:
-    if value is None:
+def _check_present(td: TensorDictBase, spec: PromptSpec) -> None:
+    """Raises `InputError` where nothing is under the input key, or not in every row."""
+    lacking = [row for row, value in enumerate(values_of(td, spec.input_key)) if value is None]
+    if len(lacking) == td.batch_size[0]:
         raise InputError(
             f"input_mode={spec.mode!r} reads {spec.input_key!r}, which the TensorDict lacks; it "
             f"has {sorted(map(str, td.keys(True)))}."
         )
-    return value
+    if lacking:
+        raise InputError(
+            f"input_mode={spec.mode!r} reads {spec.input_key!r}, which rows {lacking} of the batch "
+            "lack."
+        )
 
 
 def _from_history(td: TensorDictBase, spec: PromptSpec) -> Prompts:
-    history = _required(td.get(spec.input_key, None), td, spec)
+    _check_present(td, spec)
+    history = td.get(spec.input_key)
     if not isinstance(history, History):
-        raise InputError(
+        raise InputTypeError(
             f"{spec.input_key!r} should be a torchrl History, got {type(history).__name__}; make "
             "one with History.from_chats."
         )
@@ -113,148 +136,251 @@ def _from_history(td: TensorDictBase, spec: PromptSpec) -> Prompts:
             f"{spec.input_key!r} should have the batch and a turn dimension, got batch size "
             f"{tuple(history.batch_size)}."
         )
-    chats = Chats(history, tokenizer=spec.tokenizer, template=spec.template)
-    ready = _ready_tokens(td, spec) if spec.prefer_tokens else None
-    if ready is not None:
-        texts = spec.tokenizer.batch_decode(ready, skip_special_tokens=False)
-        masks = _ready_masks(td, spec, ready)
-        return Prompts(
-            ids=ready, texts=texts, history=history, chats=chats.messages, assistant_masks=masks
-        )
+    chats = Chats(history, spec.chats)
     texts = chats.texts(add_generation_prompt=spec.generate)
+    check_texts(texts)
+    ready = _ready_tokens(td, spec, texts)
     if not spec.generate:
         ids, masks = chats.scored(texts)
+        for row, known in _ready_masks(td, spec, ready).items():
+            ids[row], masks[row] = known
         return Prompts(
             ids=ids, texts=texts, history=history, chats=chats.messages, assistant_masks=masks
         )
     turns = [
-        _turn_before(messages, text, carried, spec)
-        for messages, text, carried in zip(chats.messages, texts, _carried(td, spec), strict=True)
+        None if known is not None else _turn_before(chats, messages, text, carried, spec)
+        for messages, text, carried, known in zip(
+            chats.messages, texts, _carried(td, spec), ready, strict=True
+        )
     ]
-    ids = chats.encoded(texts, turns)
-    return Prompts(ids=ids, texts=texts, history=history, chats=chats.messages)
+    ids = [
+        rendered if known is None else known
+        for rendered, known in zip(chats.encoded(texts, turns), ready, strict=True)
+    ]
+    return Prompts(ids=ids, texts=texts, history=history, chats=chats.messages, begun=chats.begun)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises `InputError` for a text that no tokenizer takes."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text of row {index} has half a character (a lone surrogate) at position "
+                f"{error.start}: {text[max(0, error.start - 20) : error.end + 20]!r}. Text "
+                "that was cut in the middle of one, or decoded with errors='surrogateescape', has "
+                "these."
+            ) from None
 
 
 def _turn_before(
-    messages: Sequence[Message], text: str, carried: Turn | None, spec: PromptSpec
+    chats: Chats, messages: Sequence[Message], text: str, carried: Turn | None, spec: PromptSpec
 ) -> Turn | None:
     """The turn that this chat goes on from, with the very tokens that it had."""
+    if not spec.carry_turns:
+        return None
     answer = last_answer(messages)
     chat = None if answer is None else chat_key(messages[: answer + 1])
     if carried is not None:
         same_chat = chat is not None and carried.chat == chat
-        if same_chat or text.startswith(carried.text):
+        if same_chat or chats.goes_on_from(carried, messages, text):
             return carried
     return None if chat is None else spec.memory.find(chat)
 
 
 def _carried(td: TensorDictBase, spec: PromptSpec) -> list[Turn | None]:
     """Each row's turn before, where the TensorDict still has its tokens."""
-    rows = None if spec.tokens_key is None else readable_rows(td, _below(spec.tokens_key, "full"))
-    if rows is None:
-        return [None] * td.batch_size[0]
-    masks = masks_or_none(td, spec.masks_key, None, len(rows))
-    texts: Any = None if spec.text_key is None else td.get(_below(spec.text_key, "full"), None)
-    if texts is None:
-        texts = [None] * len(rows)
-    elif not isinstance(texts, list):
-        texts = texts.tolist()
-    special = set(spec.tokenizer.all_special_ids)
-    return [
-        _known_or_read(_stripped(row, mask, spec), mask, text, special, spec)
-        for row, mask, text in zip(rows, masks, texts, strict=True)
-    ]
+    turns: list[Turn | None] = [None] * td.batch_size[0]
+    if spec.tokens_key is None or not spec.carry_turns:
+        return turns
+    rows, masks = _ids_below(td, "full", spec)
+    begins = values_of(td, "is_init")  # of TorchRL's InitTracker: what is left is another's
+    texts = _texts_before(td, spec)
+    for index, (ids, mask, begin) in enumerate(zip(rows, masks, begins, strict=True)):
+        if ids and not _is_true(begin):
+            turns[index] = _known_or_read(ids, mask, *texts[index], spec)
+    return turns
+
+
+def _ids_below(
+    td: TensorDictBase, part: str, spec: PromptSpec
+) -> tuple[list[list[int] | None], list[torch.Tensor | None]]:
+    """The ids of a part of the tokens that are there, without padding, and their masks."""
+    assert spec.tokens_key is not None
+    rows = id_rows(td, below(spec.tokens_key, part))
+    masks = attention_masks(td, spec.masks_key, None)
+    there = [index for index, row in enumerate(rows) if row is not None]
+    known = [row for row in rows if row is not None]
+    kept = attended(known, [masks[index] for index in there], pads_of(spec.tokenizer))
+    ids: list[list[int] | None] = [None] * len(rows)
+    for index, row, where in zip(there, known, kept, strict=True):
+        ids[index] = row.ids[where].tolist()
+    return ids, masks
+
+
+def _is_true(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or value.is_meta:
+        return False
+    return value.any().item() is True
+
+
+def _texts_before(td: TensorDictBase, spec: PromptSpec) -> list[tuple[Any, Any]]:
+    """The whole text and the answer of each row's turn before; None where they are not there."""
+    if spec.text_key is None:
+        return [(None, None)] * td.batch_size[0]
+    parts = [values_of(td, below(spec.text_key, part)) for part in ("full", "response")]
+    return list(zip(*([_plain(value) for value in part] for part in parts), strict=True))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str) else getattr(value, "data", None)
 
 
 def _known_or_read(
-    ids: list[int], mask: Any, text: str | None, special: set[int], spec: PromptSpec
+    ids: list[int], mask: Any, text: Any, answer: Any, spec: PromptSpec
 ) -> Turn | None:
     """A turn that is remembered, else one made of what the TensorDict has of it."""
-    if not ids:
-        return None
     known = spec.memory.with_tokens(ids)
     if known is None and mask is None and ids[-1] == spec.tokenizer.pad_token_id:
         known = spec.memory.with_tokens(ids[:-1])  # where EOS is the pad, only a mask could tell
-    if known is not None or not text:
+    if known is not None or not isinstance(text, str) or not text:
         return known
-    ending = spec.tokenizer.decode(ids[-1:]) if ids[-1] in special else ""
-    # Text may have been written without the special token that ended it.
-    return Turn(ids=ids, text=text, ending=ending) if text.endswith(ending) else None
+    ending = spec.tokenizer.decode(ids[-1:]) if ids[-1] in spec.special.ids else ""
+    without = text.removesuffix(ending)
+    if without == text and ending and spec.tokenizer.decode(ids) != text + ending:
+        return None  # what else the text left out can't be told
+    return Turn(ids=ids, text=without, cut=ending, answered=answer is None or bool(answer))
 
 
-def _below(key: NestedKey, part: str) -> NestedKey:
-    base = key if isinstance(key, tuple) else (key,)
-    return (*base, part)
+def _ready_tokens(
+    td: TensorDictBase, spec: PromptSpec, texts: Sequence[str]
+) -> list[list[int] | None]:
+    """Each row's own tokens, where they are there and are those of its chat.
 
-
-def _ready_tokens(td: TensorDictBase, spec: PromptSpec) -> list[list[int]] | None:
-    if spec.tokens_key is None:
-        return None
+    An environment may leave the tokens of a turn before: those say something else than the chat.
+    """
+    ready: list[list[int] | None] = [None] * len(texts)
+    if spec.tokens_key is None or not spec.prefer_tokens:
+        return ready
     for part in ("prompt", "full") if spec.generate else ("full",):
-        rows = readable_rows(td, _below(spec.tokens_key, part))
-        if rows is not None:
-            masks = masks_or_none(td, spec.masks_key, None, len(rows))
-            return [_stripped(r, m, spec) for r, m in zip(rows, masks, strict=True)]
-    return None
+        for index, ids in enumerate(_ids_below(td, part, spec)[0]):
+            if ids and ready[index] is None and _says(ids, texts[index], spec):
+                ready[index] = ids
+    return ready
+
+
+def _says(ids: list[int], text: str, spec: PromptSpec) -> bool:
+    decoded: str = spec.tokenizer.decode(ids, skip_special_tokens=False)
+    return decoded == text or spec.chats.encode(text) == ids
 
 
 def _ready_masks(
-    td: TensorDictBase, spec: PromptSpec, ready: list[list[int]]
-) -> list[list[bool]] | None:
-    """Assistant masks that are there already, for tokens that are there already."""
-    if spec.generate or spec.masks_key is None:
-        return None
-    rows = readable_rows(td, _below(spec.masks_key, "all_assistant_mask"))
-    attended = attention_masks(td, spec.masks_key, None)
-    if rows is None or attended is None:
-        return None
-    masks = [row[keep.bool()].tolist() for row, keep in zip(rows, attended, strict=True)]
-    fits = all(len(mask) == len(ids) for mask, ids in zip(masks, ready, strict=True))
-    return masks if fits else None
+    td: TensorDictBase, spec: PromptSpec, ready: Sequence[list[int] | None]
+) -> dict[int, tuple[list[int], list[bool]]]:
+    """Rows whose tokens are there already, with the assistant masks that are there for them."""
+    if spec.masks_key is None or not any(ready):
+        return {}
+    marks = values_of(td, below(spec.masks_key, "all_assistant_mask"))
+    kept = attention_masks(td, spec.masks_key, None)
+    found = {}
+    for index, (ids, mark, keep) in enumerate(zip(ready, marks, kept, strict=True)):
+        if ids is None or mark is None or keep is None or mark.shape != keep.shape:
+            continue
+        mask = mark[keep.bool()].tolist()
+        if len(mask) == len(ids):
+            found[index] = (ids, mask)
+    return found
 
 
 def _from_text(td: TensorDictBase, spec: PromptSpec) -> Prompts:
-    value = _required(td.get(spec.input_key, None), td, spec)
+    _check_present(td, spec)
+    value = td.get(spec.input_key)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list):
         texts = texts.tolist() if hasattr(texts, "tolist") else list(texts)
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{spec.input_key!r} should hold strings, got {type(texts[0]).__name__}.")
-    turns: Sequence[Turn | None] = [None] * len(texts)
-    if spec.generate:
-        turns = [
-            turn if turn is not None and text.startswith(turn.text) else spec.memory.begins(text)
-            for text, turn in zip(texts, _carried(td, spec), strict=True)
-        ]
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputTypeError(
+                f"{spec.input_key!r} should hold strings; row {index} is a {type(text).__name__}."
+            )
+    check_texts(texts)
+    turns = _turns_before(td, texts, spec)
     fresh = [text for text, turn in zip(texts, turns, strict=True) if turn is None]
     tokenised = iter(spec.tokenizer(fresh, **spec.tokenizer_kwargs)["input_ids"] if fresh else [])
     ids = [
-        next(tokenised) if turn is None else [*turn.ids, *_rest(text, turn, spec)]
+        next(tokenised) if turn is None else _continued(text, turn, spec)
         for text, turn in zip(texts, turns, strict=True)
     ]
+    if spec.tokenizer_kwargs.get("truncation"):
+        texts = _truncated(texts, ids, spec)
     return Prompts(ids=ids, texts=texts)
 
 
-def _rest(text: str, turn: Turn, spec: PromptSpec) -> list[int]:
-    """Ids of what follows a turn; it is not the beginning of a text, and has no BOS."""
-    rest = text[len(turn.text) :]
-    if not turn.text.endswith(turn.ending):  # the text was given out without it, the tokens have it
-        rest = rest.removeprefix(turn.ending)
-    ids: list[int] = spec.tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
-    return ids
+def _turns_before(
+    td: TensorDictBase, texts: Sequence[str], spec: PromptSpec
+) -> Sequence[Turn | None]:
+    """The turn that each text goes on from.
+
+    That is the one that its TensorDict carries; or one that is remembered, where a special token
+    stands between it and what follows, as only in a later turn. Else what a text becomes would
+    depend on what was answered to another before.
+    """
+    if not (spec.generate and spec.carry_turns):
+        return [None] * len(texts)
+
+    def goes_on(text: str, turn: Turn) -> bool:
+        end = turn.end_in(text, spec.special)
+        return end is not None and turn.answered and _has_room(turn, text[end:], spec)
+
+    def turn_of(text: str, carried: Turn | None) -> Turn | None:
+        if carried is not None and goes_on(text, carried):
+            return carried
+
+        def holds(turn: Turn) -> bool:
+            end = turn.end_in(text, spec.special)
+            return end is not None and goes_on(text, turn) and spec.special.meet(text, end)
+
+        return spec.memory.begins(text, holds)
+
+    return [turn_of(t, carried) for t, carried in zip(texts, _carried(td, spec), strict=True)]
+
+
+def _has_room(turn: Turn, rest: str, spec: PromptSpec) -> bool:
+    """Whether a turn and what follows have room where tokens are truncated; else all are anew."""
+    if not spec.tokenizer_kwargs.get("truncation"):
+        return True
+    given = spec.tokenizer_kwargs.get("max_length")
+    most = spec.tokenizer.model_max_length if given is None else given
+    return len(turn.ids) + len(spec.chats.encode(rest)) <= int(most)
+
+
+def _continued(text: str, turn: Turn, spec: PromptSpec) -> list[int]:
+    """Ids of a text that goes on from a turn; what follows is no beginning, and has no BOS."""
+    rest = text[turn.end_in(text, spec.special) :]
+    return [*turn.ids, *(spec.chats.encode(rest) if rest else [])]
+
+
+def _truncated(texts: list[str], ids: Sequence[list[int]], spec: PromptSpec) -> list[str]:
+    """The texts as far as their tokens say them."""
+    whole = spec.tokenizer(texts, **{**spec.tokenizer_kwargs, "truncation": False})["input_ids"]
+    return [
+        spec.tokenizer.decode(row) if len(row) < len(all_of_it) else text
+        for text, row, all_of_it in zip(texts, ids, whole, strict=True)
+    ]
 
 
 def _from_tokens(td: TensorDictBase, spec: PromptSpec) -> Prompts:
-    rows: list[Any] = _required(rows_of(td, spec.input_key), td, spec)
-    check_ids(rows, spec.input_key)
+    _check_present(td, spec)
+    rows = []
+    for index, row in enumerate(id_rows(td, spec.input_key)):
+        if row is None:
+            raise InputError(f"{spec.input_key!r} of row {index} is on the meta device: no data.")
+        rows.append(row)
     masks = prompt_masks(td, rows, spec.masks_key, spec.attention_mask_key)
-    return Prompts(ids=[_stripped(r, m, spec) for r, m in zip(rows, masks, strict=True)])
-
-
-def _stripped(row: Any, mask: Any, spec: PromptSpec) -> list[int]:
-    if spec.tokenizer is None:
-        return strip_padding(row, mask, None)
-    return strip_padding(row, mask, spec.tokenizer.pad_token_id, spec.tokenizer.eos_token_id)
+    kept = attended(rows, masks, pads_of(spec.tokenizer))
+    ids = [row.ids[where].tolist() for row, where in zip(rows, kept, strict=True)]
+    return Prompts(ids=ids, attended=kept)
 
 
 _READERS = {"history": _from_history, "text": _from_text, "tokens": _from_tokens}

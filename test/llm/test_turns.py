@@ -24,7 +24,14 @@ from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens
 from transformers import AutoTokenizer
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
-from torchrl_sglang.rollout.turns import SENTINEL, Turn, TurnMemory, chat_key, continued
+from torchrl_sglang.rollout.turns import (
+    SENTINEL,
+    SpecialTokens,
+    Turn,
+    TurnMemory,
+    chat_key,
+    continued,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
@@ -373,9 +380,18 @@ def test_every_ending(
     policy = SGLangWrapper(service, input_mode=mode, tokenizer=tokenizer, generate_kwargs=options)
     sent = recorded(policy)
     dialogs = dialogs_of(make_env(tokenizer, mode, QUESTIONS[:4]).rollout(3, policy))
-    assert drifted(dialogs) == 0
+    # A text can't tell of an answer that has no text.
+    silent = mode == "text" and bool(
+        options.get("skip_special_tokens") or options.get("no_stop_trim") is False
+    )
+    eos = tokenizer.eos_token_id
+    said = [not silent or all(split(turn)[1] != [eos] for turn in turns) for turns in dialogs]
+    assert any(said)
+    assert drifted([turns for turns, whole in zip(dialogs, said, strict=True) if whole]) == 0
     for before, after in itertools.pairwise(sent):
-        for (prompt, sampled), (longer, _) in zip(before, after, strict=True):
+        for (prompt, sampled), (longer, _), whole in zip(before, after, said, strict=True):
+            if not whole:
+                continue
             new = tokenizer.decode(longer[len(prompt) + len(sampled) :])
             ended = sampled[-1] == tokenizer.eos_token_id
             closing = "" if ended or mode == "text" else "<|im_end|>"
@@ -611,7 +627,7 @@ def test_without_the_carried_tokens_the_latest_turn_is_taken(
 
 
 def test_a_loop_of_ones_own_in_text(service: AsyncSGLang, tokenizer: Any) -> None:
-    """A text that goes on without an addition is known by itself."""
+    """A text that goes on without an addition is known by the TensorDict that carries the turn."""
     policy = SGLangWrapper(
         service,
         input_mode="text",
@@ -621,15 +637,14 @@ def test_a_loop_of_ones_own_in_text(service: AsyncSGLang, tokenizer: Any) -> Non
     )
     texts = [f"{question} " for question in QUESTIONS]
     before: list[list[int]] = [[] for _ in texts]
+    td = text_rows(*texts)
     for _ in range(4):
-        td = lazy_stack(
-            [TensorDict(text=Text(prompt=text, batch_size=()), batch_size=()) for text in texts]
-        )
         out = policy(td)
         for row, tokens in zip(out.unbind(0), before, strict=True):
             assert row["tokens"].prompt.tolist()[: len(tokens)] == tokens
         before = [row["tokens"].full.tolist() for row in out.unbind(0)]
         texts = [row["text"].full for row in out.unbind(0)]
+        td = out.set("text", text_rows(*texts)["text"])
 
 
 def test_an_eos_that_the_user_writes_again(service: AsyncSGLang, tokenizer: Any) -> None:
@@ -727,21 +742,70 @@ def test_several_samples_of_a_turn(service: AsyncSGLang, tokenizer: Any, pad_out
 
 
 def test_text_that_goes_on_in_a_tensordict_of_its_own(service: AsyncSGLang, tokenizer: Any) -> None:
-    """Nothing is carried: the policy knows the text, whatever is put behind it."""
+    """Nothing is carried: the policy knows the text where a special token follows the answer."""
     policy = SGLangWrapper(
         service, input_mode="text", tokenizer=tokenizer, generate_kwargs=SAMPLING, inplace=False
     )
     texts = ["the quick", "hello"]
     before: list[list[int]] = [[], []]
     for _ in range(3):
-        rows = [TensorDict(text=Text(prompt=text, batch_size=()), batch_size=()) for text in texts]
-        out = policy(lazy_stack(rows))
+        out = policy(text_rows(*texts))
         for row, text, tokens in zip(out.unbind(0), texts, before, strict=True):
             prompt = row["tokens"].prompt.tolist()
             assert prompt[: len(tokens)] == tokens
             assert row["text"].prompt == text == tokenizer.decode(prompt)
         before = [row["tokens"].full.tolist() for row in out.unbind(0)]
-        texts = [row["text"].full + " and so on" for row in out.unbind(0)]
+        closed = [row["text"].full.removesuffix("<|im_end|>") for row in out.unbind(0)]
+        texts = [text + "<|im_end|>\nand so on" for text in closed]
+
+
+def text_rows(*texts: str) -> TensorDict:
+    rows = [TensorDict(text=Text(prompt=text, batch_size=()), batch_size=()) for text in texts]
+    return lazy_stack(rows)
+
+
+PLAIN = {"max_new_tokens": 3, "ignore_eos": True, "logit_bias": {0: -100.0, 1: -100.0, 2: -100.0}}
+
+
+@pytest.mark.parametrize("said", ["", "e quick fox", " and so on", "\n", "h"])
+def test_a_fresh_text_that_begins_like_an_earlier_turn(
+    service: AsyncSGLang, tokenizer: Any, said: str
+) -> None:
+    """What a text becomes does not depend on what another was answered before."""
+    policy = SGLangWrapper(
+        service, input_mode="text", tokenizer=tokenizer, generate_kwargs=PLAIN, inplace=False
+    )
+    out = policy(text_rows("T"))
+    fresh = out[0]["text"].full + said
+    ids = tokenizer(fresh)["input_ids"]
+    again = policy(text_rows(fresh))
+    assert again[0]["tokens"].prompt.tolist() == ids
+    # The same in a TensorDict that says so is the next turn.
+    carried = lazy_stack([out[0].clone().set("text", Text(prompt=fresh, batch_size=()))])
+    tokens = out[0]["tokens"].full.tolist()
+    expected = [*tokens, *(tokenizer(said)["input_ids"] if said else [])]
+    assert policy(carried)[0]["tokens"].prompt.tolist() == expected
+    # And not where the environment began anew, and the old tokens were left.
+    carried = carried.clone().set("is_init", torch.ones(1, 1, dtype=torch.bool))
+    assert policy(carried)[0]["tokens"].prompt.tolist() == ids
+
+
+def test_an_answer_without_text_is_followed_by_nothing(
+    service: AsyncSGLang, tokenizer: Any
+) -> None:
+    """A text says nothing of it: the same prompt again is not the next turn."""
+    policy = SGLangWrapper(
+        service,
+        input_mode="text",
+        tokenizer=tokenizer,
+        generate_kwargs={"logit_bias": {2: 100.0}, "no_stop_trim": False},
+    )
+    td = policy(text_rows("hello"))
+    assert td[0]["tokens"].response.tolist() == [tokenizer.eos_token_id]
+    assert td[0]["text"].full == "hello"
+    prompt = tokenizer("hello")["input_ids"]
+    for again in (td, text_rows("hello")):
+        assert policy(again)[0]["tokens"].prompt.tolist() == prompt
 
 
 def test_a_policy_that_was_copied(service: AsyncSGLang, tokenizer: Any) -> None:
@@ -807,14 +871,18 @@ def test_the_longest_text_that_a_text_begins_with() -> None:
     memory.keep(a_turn(98, chat=("a", "tuple")))
 
     def begins(text: str) -> Any:
-        turn = memory.begins(text)
+        turn = memory.begins(text, lambda turn: True)
         return None if turn is None else turn.chat
 
     made = ["".join(letters) for n in range(7) for letters in itertools.product("abcdx", repeat=n)]
     for text in made:
         expected = [known for known in texts if text.startswith(known)]
         assert begins(text) == (max(expected, key=len) if expected else None), text
-    assert list(memory.begins("abdd").ids) == [99]  # type: ignore[union-attr]  # the latest
+        shorter = [known for known in expected if len(known) != 2]
+        found = memory.begins(text, lambda turn: len(turn.chat) != 2)
+        assert (found and found.chat) == (max(shorter, key=len) if shorter else None), text
+    latest = memory.begins("abdd", lambda turn: True)
+    assert list(latest.ids) == [99]  # type: ignore[union-attr]
     for index in range(100, 120):  # pushes all others out
         memory.keep(a_turn(index, 7, chat=str(index)))
     assert [begins(text) for text in made] == [None] * len(made)
@@ -827,8 +895,9 @@ def test_finding_a_beginning_is_quick_among_many() -> None:
     for index in range(3000):
         memory.keep(a_turn(index, chat="x" * (5000 - index) + "a"))
     start = time.thread_time()
-    assert memory.begins("x" * 5001) is None
-    assert memory.begins("x" * 4000 + "abc").chat == "x" * 4000 + "a"  # type: ignore[union-attr]
+    assert memory.begins("x" * 5001, lambda turn: True) is None
+    found = memory.begins("x" * 4000 + "abc", lambda turn: True)
+    assert found.chat == "x" * 4000 + "a"  # type: ignore[union-attr]
     assert time.thread_time() - start < 0.5
 
 
@@ -904,7 +973,7 @@ def test_tokens_of_a_prompt_that_goes_on() -> None:
         return [ord(character) for character in text]
 
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " a "}]
-    turn = Turn(ids=[1, 2, 3], text="[user:q][assistant: a ", ending="")
+    turn = Turn(ids=[1, 2, 3], text="[user:q][assistant: a ")
     prompt = render([*chat, {"role": "user", "content": "r"}], True)
     assert not prompt.startswith(turn.text)
     ids = continued(
@@ -914,6 +983,7 @@ def test_tokens_of_a_prompt_that_goes_on() -> None:
         prompt,
         render=render,
         encode=encode,
+        special=SpecialTokens(),
     )
     assert ids == [1, 2, 3, *encode("][user:r][assistant:")]
     assert SENTINEL not in prompt

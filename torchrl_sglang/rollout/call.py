@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tensordict import LazyStackedTensorDict, TensorDictBase
+from tensordict import LazyStackedTensorDict, TensorDictBase, lazy_stack
 
 from ..batching import Batcher, BatchingConfig, Done
 from ..completions import Completion
@@ -22,7 +22,7 @@ from .own_stops import Stops, cut_at_stops, take_over
 from .row_requests import CallOptions, check_log_probs, make_requests, read_row_options
 from .scoring import build_scores, check_scoring, read_places, scoring_requests
 from .setup import Settled, flattened, text_options, unflattened
-from .texts import content
+from .texts import contents
 from .turns import Turn, chat_key
 
 Groups = list[Group]
@@ -124,10 +124,8 @@ class Call:
         if settled.info.key is not None:
             columns[settled.info.key] = build_info(rows, completions, settled.info)
         if decoded is not None and prompts.texts is not None:
-            texts: list[str] = []
-            if prompts.chats is None and spec.text_key is not None:
-                texts = [text.full for text in columns[spec.text_key]]
-            self._keep_turns(prompts, completions, decoded, texts)
+            given_out = None if spec.text_key is None else columns[spec.text_key]
+            self._keep_turns(prompts, completions, decoded, given_out)
         return stacked(columns, len(completions))
 
     def _keep_turns(
@@ -135,31 +133,51 @@ class Call:
         prompts: Prompts,
         completions: Sequence[Completion],
         decoded: Sequence[str],
-        texts: Sequence[str],
+        given_out: Sequence[Any] | None,
     ) -> None:
         """Remembers the tokens of this turn, for prompts that go on from it.
 
         These go on from the messages, or else from the texts that were given out.
         """
-        tokenizer, memory = self._settled.tokenizer, self._settled.prompts.memory
-        special = set(tokenizer.all_special_ids)
-        for row, (completion, text) in enumerate(zip(completions, decoded, strict=True)):
+        prompted, outputs = self._settled.prompts, self._settled.outputs
+        if prompts.chats is not None:
+            answers = contents(completions, decoded, outputs.tokenizer, outputs.special)
+        elif given_out is not None:
+            answers = [text.response for text in given_out]
+        else:
+            return
+        assert prompts.texts is not None
+        for row, (completion, said, answer) in enumerate(
+            zip(completions, decoded, answers, strict=True)
+        ):
             if not completion.output_ids:
                 continue
-            last = completion.output_ids[-1]
-            ending = tokenizer.decode([last]) if last in special else ""
-            chat: Hashable
-            if prompts.chats is not None and prompts.texts is not None:
-                written = content(text, completion, tokenizer)
-                whole = prompts.texts[row] + written + (ending if text == written + ending else "")
-                answer = {"role": "assistant", "content": written}
-                chat = chat_key([*prompts.chats[row], answer])
-            elif texts:
-                chat = whole = texts[row]
-            else:
-                continue
-            ids = [*prompts.ids[row], *completion.output_ids]
-            memory.keep(Turn(ids=ids, text=whole, ending=ending, chat=chat))
+            text = prompts.texts[row] + answer
+            turn = Turn(
+                ids=[*prompts.ids[row], *completion.output_ids],
+                text=text,
+                cut=said[len(answer) :] if said.startswith(answer) else self._ending(completion),
+                answered=bool(answer),
+                chat=text if prompts.chats is None else self._chat(prompts, row, answer),
+            )
+            prompted.memory.keep(turn)
+
+    def _ending(self, completion: Completion) -> str:
+        """The special token that ended a text which was given out without any."""
+        last, outputs = completion.output_ids[-1:], self._settled.outputs
+        ended = outputs.special.ids.issuperset(last)
+        return str(outputs.tokenizer.decode(last, skip_special_tokens=False)) if ended else ""
+
+    @staticmethod
+    def _chat(prompts: Prompts, row: int, answer: str) -> Hashable:
+        """What identifies the chat that a turn ended."""
+        assert prompts.chats is not None
+        messages = list(prompts.chats[row])
+        begun = prompts.begun[row] if prompts.begun is not None else None
+        if begun is not None:
+            messages.pop()
+        content = (begun or "") + answer
+        return chat_key([*messages, {"role": "assistant", "content": content}])
 
 
 def updated_options(
@@ -208,9 +226,11 @@ def repeated(prompts: Prompts, count: int) -> Prompts:
 
     history = prompts.history
     if history is not None:
-        from tensordict import lazy_stack
-
         history = lazy_stack(each(history.unbind(0)))
     return Prompts(
-        ids=each(prompts.ids), texts=each(prompts.texts), history=history, chats=each(prompts.chats)
+        ids=each(prompts.ids),
+        texts=each(prompts.texts),
+        history=history,
+        chats=each(prompts.chats),
+        begun=each(prompts.begun),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
@@ -11,9 +12,66 @@ from torchrl.data.llm import History
 
 from ..errors import InputError
 from .media import for_template, has_parts
-from .turns import SENTINEL, Message, Turn, continued, last_answer
+from .spans import Span, assistant_spans, marked_tokens
+from .turns import (
+    SENTINEL,
+    Message,
+    SpecialTokens,
+    Turn,
+    continued,
+    last_answer,
+    says_the_same,
+)
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what an assistant writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFormat:
+    """How chats become text and ids.
+
+    Attributes:
+        tokenizer: Hugging Face tokenizer.
+        template: chat template in Jinja.
+        options: what else the template is given.
+        special: the tokenizer's special tokens.
+        continue_final: an assistant message at the end of a chat is continued.
+    """
+
+    tokenizer: Any
+    template: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    special: SpecialTokens = field(default_factory=SpecialTokens)
+    continue_final: bool = False
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """One chat as text, special tokens included."""
+        return self._render(messages, add_generation_prompt=add_generation_prompt)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """One chat as text that an answer is to follow."""
+        if self.is_begun(messages):
+            return self._render(messages, continue_final_message=True)
+        return self.render(messages, True)
+
+    def is_begun(self, messages: Sequence[Message]) -> bool:
+        """Whether the last message is one that is to be continued."""
+        return self.continue_final and bool(messages) and messages[-1]["role"] == "assistant"
+
+    def _render(self, messages: Sequence[Message], **how: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            for_template(messages),
+            chat_template=self.template,
+            tokenize=False,
+            **how,
+            **self.options,
+        )
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of rendered text; the template wrote the special tokens already, BOS included."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 class Chats:
@@ -21,25 +79,26 @@ class Chats:
 
     Args:
         history: ``[batch, turns]``; rows with the role ``"<none>"`` are padding.
-        tokenizer: Hugging Face tokenizer.
-        template: chat template in Jinja.
+        how: how they become text and ids.
+
+    Raises:
+        InputError: something that the template can't write, or a message without a role.
     """
 
-    def __init__(self, history: History, *, tokenizer: Any, template: str | None) -> None:
-        self._tokenizer = tokenizer
-        self._template = template
-        self.messages: list[list[Message]] = [_messages(row) for row in history.unbind(0)]
+    def __init__(self, history: History, how: ChatFormat) -> None:
+        self._how = how
+        self.messages: list[list[Message]] = [
+            _messages(row, index) for index, row in enumerate(history.unbind(0))
+        ]
         self._check_parts()
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """One chat as text, special tokens included."""
-        text: str = self._tokenizer.apply_chat_template(
-            for_template(messages),
-            chat_template=self._template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
-        return text
+    @property
+    def begun(self) -> list[str | None]:
+        """What the last message of each chat says where it is to be continued."""
+        return [
+            str(messages[-1]["content"]) if self._how.is_begun(messages) else None
+            for messages in self.messages
+        ]
 
     def _check_parts(self) -> None:
         """Raises `InputError` for a content that is a list where the template writes strings."""
@@ -47,7 +106,7 @@ class Chats:
             return
         parts = [{"type": "text", "text": SENTINEL}]
         try:
-            written = self.render([{"role": "user", "content": parts}], False)
+            written = self._how.render([{"role": "user", "content": parts}], False)
         except (TypeError, ValueError, TemplateError):  # as when it joins a list to a string
             written = ""
         if SENTINEL not in written or "'" + SENTINEL in written:  # the list as Python writes it
@@ -58,18 +117,31 @@ class Chats:
             )
 
     def texts(self, *, add_generation_prompt: bool) -> list[str]:
-        """Every chat as text."""
-        return [self.render(messages, add_generation_prompt) for messages in self.messages]
+        """Every chat as text.
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of rendered text; the template wrote the special tokens already, BOS included."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        Raises:
+            InputError: the template refuses a chat, or fails on it.
+        """
+        return [
+            self._text(messages, add_generation_prompt, index)
+            for index, messages in enumerate(self.messages)
+        ]
+
+    def _text(self, messages: Sequence[Message], prompt: bool, index: int) -> str:
+        if not messages:
+            raise InputError(f"the chat of row {index} has no message.")
+        try:
+            return self._how.prompt(messages) if prompt else self._how.render(messages, False)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"the chat template can't write the chat of row {index}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def encoded(self, texts: list[str], turns: Sequence[Turn | None]) -> list[list[int]]:
         """Ids of every chat; those that go on from a known turn begin with its tokens."""
         fresh = [text for text, turn in zip(texts, turns, strict=True) if turn is None]
-        many = self._tokenizer(fresh, add_special_tokens=False)["input_ids"] if fresh else []
+        many = self._how.tokenizer(fresh, add_special_tokens=False)["input_ids"] if fresh else []
         tokenised = iter(many)
         return [
             next(tokenised) if turn is None else self._continued(turn, messages, text)
@@ -77,52 +149,87 @@ class Chats:
         ]
 
     def _continued(self, turn: Turn, messages: Sequence[Message], text: str) -> list[int]:
-        answer = last_answer(messages)
-        if answer is None:  # an answer that the caller began to write, with no role of its own
-            return [*turn.ids, *self.encode(text[len(turn.text) :])]
-        return continued(turn, messages, answer, text, render=self.render, encode=self.encode)
+        how, answer = self._how, last_answer(messages)
+        end = turn.end_in(text, how.special)
+        if answer is None or how.is_begun(messages):
+            return how.encode(text) if end is None else [*turn.ids, *how.encode(text[end:])]
+        return continued(
+            turn,
+            messages,
+            answer,
+            text,
+            render=how.render,
+            encode=how.encode,
+            special=how.special,
+        )
+
+    def goes_on_from(self, turn: Turn, messages: Sequence[Message], text: str) -> bool:
+        """Whether a chat goes on from a turn that is not known by its messages."""
+        answer, how = last_answer(messages), self._how
+        if answer is None or how.is_begun(messages):
+            # What the caller wrote, with no role of its own, behind an answer.
+            end = turn.end_in(text, how.special)
+            return end is not None and turn.answered and how.special.meet(text, end)
+        return says_the_same(turn, messages, answer, text, render=how.render, special=how.special)
 
     def scored(self, texts: list[str]) -> tuple[list[list[int]], list[list[bool]]]:
         """Ids of complete chats, and which of them an assistant wrote.
 
-        What a template marks with ``{% generation %}`` is the assistant's; without marks it is the
-        content of the assistant's messages and the special token that ends it.
+        What a template marks with ``{% generation %}`` is the assistant's; without marks it is what
+        the template writes of the assistant's messages, and what it ends them with.
+
+        Raises:
+            InputError: an assistant message that says something, of which the template writes
+                nothing.
         """
-        encoding = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        marked = bool(GENERATION.search(self._template or ""))
+        tokenizer, how = self._how.tokenizer, self._how
+        encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        marked = bool(GENERATION.search(how.template or ""))
         masks = []
-        for messages, text, offsets in zip(
-            self.messages, texts, encoding["offset_mapping"], strict=True
+        for index, (messages, text, offsets) in enumerate(
+            zip(self.messages, texts, encoding["offset_mapping"], strict=True)
         ):
-            spans = self._marked_spans(messages) if marked else self._content_spans(messages, text)
-            masks.append([any(a <= start < b for a, b in spans) for start, _ in offsets])
+            try:
+                spans = (
+                    self._marked_spans(messages)
+                    if marked
+                    else assistant_spans(messages, text, how.render, how.special)
+                )
+            except InputError as error:
+                error.add_note(f"row {index} of the batch")
+                raise
+            masks.append(marked_tokens(offsets, spans))
         return encoding["input_ids"], masks
 
-    def _marked_spans(self, messages: Sequence[Message]) -> list[tuple[int, int]]:
+    def _marked_spans(self, messages: Sequence[Message]) -> list[Span]:
         """Spans of characters that the template marks as generated."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         _, spans = render_jinja_template(
-            [list(messages)],
-            chat_template=self._template,
+            [for_template(messages)],
+            chat_template=self._how.template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=False,
-            **self._tokenizer.special_tokens_map,
+            **{**self._how.tokenizer.special_tokens_map, **self._how.options},
         )
-        return [(start, end) for start, end in spans[0]]
-
-    def _content_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Spans of the assistant's messages, with what the template writes to end them."""
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start = len(self.render(messages[:index], True)) if index else 0
-                end = len(self.render(messages[: index + 1], False).rstrip())
-                if text[start:].startswith(str(message["content"])):
-                    spans.append((start, end))
-        return spans
+        found = [(start, end) for start, end in spans[0] if end > start]
+        if not found and last_answer(messages) is not None:
+            raise InputError(
+                "the chat template marks nothing with {% generation %}, though an assistant has "
+                "spoken: no token would count as the assistant's."
+            )
+        return found
 
 
-def _messages(row: History) -> list[Message]:
-    messages: list[Message] = row.view(-1).tolist(tolist_first=True)
-    return [message for message in messages if message["role"] != "<none>"]
+def _messages(row: History, index: int) -> list[Message]:
+    """The messages of one chat; a content that is missing is an empty one."""
+    messages: list[Message] = []
+    for message in row.view(-1).tolist(tolist_first=True):
+        role = message.get("role")
+        if role == "<none>":
+            continue
+        if not isinstance(role, str):
+            raise InputError(f"a message in the chat of row {index} has no role: {message!r:.200}.")
+        content = message.get("content")
+        messages.append({**message, "content": "" if content is None else content})
+    return messages

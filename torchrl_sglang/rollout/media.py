@@ -88,7 +88,7 @@ def for_template(messages: Sequence[Message]) -> list[Message]:
 
 def has_parts(message: Message) -> bool:
     """Whether the content is a list of parts (or one part) and not a string."""
-    return isinstance(message["content"], list | tuple | Mapping)
+    return isinstance(message.get("content"), list | tuple | Mapping)
 
 
 def _for_template(part: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
 
 from ..errors import InputError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pads:
+    """What padding looks like.
+
+    Attributes:
+        pad: id that rows are padded with; None: none is known.
+        bos, eos: what may begin or end a text; may be the same id.
+    """
+
+    pad: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+
+
+def pads_of(tokenizer: Any) -> Pads:
+    """The pads of a tokenizer; of None: none are known."""
+    if tokenizer is None:
+        return Pads()
+    return Pads(pad=tokenizer.pad_token_id, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Ids of one row.
+
+    Attributes:
+        ids: ``[time]``.
+        padded: they may have pads at their ends: they are a row of a padded tensor, or are said to
+            be padded. Rows of a ragged stack or of a nested tensor have none.
+    """
+
+    ids: torch.Tensor
+    padded: bool
+
+
+def values_of(td: TensorDictBase, key: NestedKey) -> list[Any]:
+    """One value per row, None where a row lacks the key."""
+    if isinstance(td, LazyStackedTensorDict):  # rows need not have the same keys
+        return [row.get(key, None) for row in td.unbind(0)]
+    value = td.get(key, None, as_list=True)  # a list where a part is stacked lazily
+    if value is None:
+        return [None] * td.batch_size[0]
+    return value if isinstance(value, list) else list(value.unbind(0))
+
+
 def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
-    """One 1-D tensor per row; None where the key is missing."""
-    value = td.get(key, None, as_list=True)  # a list where rows are stacked lazily, at any depth
-    if isinstance(value, list):
-        return None if value[0] is None else value
-    return None if value is None else list(value.unbind(0))
+    """One tensor per row; None where a row lacks the key."""
+    values = values_of(td, key)
+    return None if any(value is None for value in values) else values
 
 
 def readable_rows(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
@@ -25,43 +69,77 @@ def readable_rows(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | No
     return None if rows is None or any(row.is_meta for row in rows) else rows
 
 
+def id_rows(td: TensorDictBase, key: NestedKey) -> list[Row | None]:
+    """Rows of ids and whether they can have padding; None where a row lacks them, or their data.
+
+    Raises:
+        InputError: something else than ids is there.
+    """
+    values = values_of(td, key)
+    told = _told(td, key)
+    rows: list[Row | None] = []
+    for index, (value, padded) in enumerate(zip(values, told, strict=True)):
+        if value is None:
+            rows.append(None)
+            continue
+        check_ids(value, key, index)
+        rows.append(None if value.is_meta else Row(ids=value.cpu(), padded=padded))
+    return rows
+
+
+def _told(td: TensorDictBase, key: NestedKey) -> list[bool]:
+    """Whether each row may have padding: what ``Tokens.padded`` says, else what holds the rows."""
+    flags: list[Any] = [None] * td.batch_size[0]
+    if isinstance(key, tuple) and len(key) > 1:
+        flags = values_of(td, (*key[:-1], "padded"))
+    dense = _is_dense(td, key)
+    return [dense if flag is None else bool(flag) for flag in map(_plain, flags)]
+
+
+def _plain(flag: Any) -> Any:
+    return getattr(flag, "data", flag)
+
+
+def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:
+    """Whether rows are held in one tensor, which makes them equally long."""
+    if isinstance(td, LazyStackedTensorDict):
+        return False
+    value = td.get(key, None, as_list=True)
+    return isinstance(value, torch.Tensor) and not value.is_nested
+
+
 def attention_masks(
     td: TensorDictBase, masks_key: NestedKey | None, plain_key: NestedKey | None
-) -> list[torch.Tensor] | None:
-    """The masks of a `Masks` object, else those under a key of their own."""
+) -> list[torch.Tensor | None]:
+    """Each row's mask of a `Masks` object, else the one under a key of its own, else None."""
+    masks: list[torch.Tensor | None] = [None] * td.batch_size[0]
     keys: list[NestedKey] = [] if plain_key is None else [plain_key]
     if masks_key is not None:
-        base = masks_key if isinstance(masks_key, tuple) else (masks_key,)
-        keys.insert(0, (*base, "all_attention_mask"))
+        keys.insert(0, below(masks_key, "all_attention_mask"))
     for key in keys:
-        masks = readable_rows(td, key)
-        if masks is not None:
-            return masks
-    return None
-
-
-def masks_or_none(
-    td: TensorDictBase, masks_key: NestedKey | None, plain_key: NestedKey | None, num_rows: int
-) -> Sequence[torch.Tensor | None]:
-    """Same as `attention_masks`, with None for every row where there are none."""
-    return attention_masks(td, masks_key, plain_key) or [None] * num_rows
+        found = values_of(td, key)
+        masks = [
+            other if mask is None and other is not None and not other.is_meta else mask
+            for mask, other in zip(masks, found, strict=True)
+        ]
+    return masks
 
 
 def prompt_masks(
     td: TensorDictBase,
-    rows: Sequence[torch.Tensor],
+    rows: Sequence[Row],
     masks_key: NestedKey | None,
     plain_key: NestedKey | None,
-) -> Sequence[torch.Tensor | None]:
+) -> list[torch.Tensor | None]:
     """The mask of each prompt.
 
     An environment that begins anew may leave the masks of the turn before, and they may have the
     new prompt's length by chance. They are known by what they would leave out: padding is one id.
     """
-    masks = masks_or_none(td, masks_key, None, len(rows))
-    plain = masks_or_none(td, None, plain_key, len(rows))
+    masks = attention_masks(td, masks_key, None)
+    plain = attention_masks(td, None, plain_key)
     return [
-        mask if mask is not None and _leaves_out_one_id(row, mask) else other
+        mask if mask is not None and _leaves_out_one_id(row.ids, mask) else other
         for row, mask, other in zip(rows, masks, plain, strict=True)
     ]
 
@@ -69,47 +147,67 @@ def prompt_masks(
 def _leaves_out_one_id(row: torch.Tensor, mask: torch.Tensor) -> bool:
     if mask.shape != row.shape:
         return False
-    left_out = row[~mask.bool()]
+    left_out = row[~mask.cpu().bool()]
     return bool((left_out == left_out[:1]).all())
 
 
-def check_ids(rows: Sequence[Any], key: NestedKey) -> None:
-    """Raises `InputError` for rows that are no token ids."""
-    for index, row in enumerate(rows):
-        ids = isinstance(row, torch.Tensor) and not row.dtype.is_floating_point and row.ndim == 1
-        if not ids or row.is_meta:
-            raise InputError(
-                f"{key!r} should hold integer token ids of shape [batch, time], ragged "
-                f"or padded; row {index} is {_describe(row)}."
-            )
+def below(key: NestedKey, part: str) -> tuple[str, ...]:
+    """The key of a part of what is under a key."""
+    return (*key, part) if isinstance(key, tuple) else (key, part)
+
+
+def check_ids(value: Any, key: NestedKey, index: int) -> None:
+    """Raises `InputError` for a row that is no token ids."""
+    integers = isinstance(value, torch.Tensor) and value.dtype in _INTEGERS
+    if not integers or value.ndim != 1:
+        raise InputError(
+            f"{key!r} should hold integer token ids of shape [batch, time], ragged "
+            f"or padded; row {index} is {_describe(value)}."
+        )
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        where = " on the meta device, which has no data" if value.is_meta else ""
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}{where}"
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
 
 
-def strip_padding(
-    row: torch.Tensor, mask: torch.Tensor | None, pad_id: int | None, eos_id: int | None = None
-) -> list[int]:
-    """The ids of one row without its padding.
+def attended(
+    rows: Sequence[Row], masks: Sequence[torch.Tensor | None], pads: Pads
+) -> list[torch.Tensor]:
+    """Which ids of each row are no padding, bool ``[time]``.
 
     A mask of another length belongs to something else (the full sequence of a turn before) and says
-    nothing of this row. Without a mask only pads at the ends are dropped: inside, a pad id may be
-    an EOS that was sampled. Where EOS is the pad, one EOS stays at the end: it may have been
-    sampled, and only a mask can tell.
+    nothing of its row. Without a mask only pads at the ends of padded rows are left out: inside, a
+    pad id may be an EOS that was sampled.
+
+    Where EOS is the pad, one EOS stays at the end: it may have been sampled, and only a mask can
+    tell. Where EOS or BOS is, and all rows of the batch begin with it, one stays at the beginning:
+    the longest row has no padding.
     """
-    if mask is not None and mask.shape == row.shape:
-        attended: list[int] = row[mask.bool()].tolist()
-        return attended
-    ids: list[int] = row.tolist()
-    start, end = 0, len(ids)
-    while start < end and ids[start] == pad_id:
-        start += 1
-    while end > start and ids[end - 1] == pad_id:
-        end -= 1
-    if start < end < len(ids) and pad_id == eos_id:
-        end += 1
-    return ids[start:end]
+    may_begin = pads.pad is not None and pads.pad in (pads.bos, pads.eos)
+    first = int(may_begin and all(row.ids[:1].tolist() == [pads.pad] for row in rows if row.padded))
+    return [
+        mask.cpu().bool()
+        if mask is not None and mask.shape == row.ids.shape
+        else _without_pads(row, pads, first)
+        for row, mask in zip(rows, masks, strict=True)
+    ]
+
+
+def _without_pads(row: Row, pads: Pads, first: int) -> torch.Tensor:
+    """All but the pads at the ends of a padded row, of which ``first`` stay at the beginning."""
+    kept = torch.ones(row.ids.shape, dtype=torch.bool, device="cpu")
+    others = (row.ids != pads.pad).nonzero() if pads.pad is not None and row.padded else None
+    if others is None:
+        return kept
+    if len(others) == 0:  # nothing but pads
+        kept[first:] = False
+        return kept
+    start, end = int(others[0]) - first, int(others[-1]) + 1
+    kept[:start] = False
+    kept[end + (pads.pad == pads.eos) :] = False
+    return kept

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, MetaData, NestedKey, TensorDict, TensorDictBase
+from tensordict import LazyStackedTensorDict, MetaData, TensorDict, TensorDictBase
 from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tokens
 
 from ..completions import Completion
 from ..errors import ConfigError, ResponseError, UnsupportedOptionError
-from ..outputs import Columns, OutputSpec, stacked
+from ..outputs import Columns, OutputSpec, as_floats, as_ids, stacked
 from ..prompts import Prompts, PromptSpec
 from ..protocol import GenerateRequest
 from ..sampling import SamplingParams
 from .media import MEDIA_OPTIONS, media_of
-from .padding import masks_or_none, readable_rows
+from .padding import attended, attention_masks, below, id_rows, pads_of, values_of
 from .row_requests import ROW_OPTIONS, CallOptions, given_rids
 from .texts import non_tensor
 
@@ -106,7 +106,7 @@ class Places:
         if not padded:
             return rows
         full = [
-            torch.full(mask.shape, fill, dtype=row.dtype)
+            torch.full(mask.shape, fill, dtype=row.dtype, device="cpu")
             for row, mask in zip(rows, self.attended, strict=True)
         ]
         for target, row, mask in zip(full, rows, self.attended, strict=True):
@@ -120,55 +120,38 @@ def read_places(td: TensorDictBase, prompts: Prompts, spec: PromptSpec) -> Place
     Padded tokens stay where they are, so that their scores line up with other values of the same
     layout. An assistant mask of the input is kept where it belongs to the very ids that are scored.
     """
-    attended = [torch.ones(len(ids), dtype=torch.bool) for ids in prompts.ids]
+    whole = [torch.ones(len(ids), dtype=torch.bool, device="cpu") for ids in prompts.ids]
     written = prompts.assistant_masks
     if written is not None:
-        return Places(attended=attended, assistant_masks=[torch.tensor(mask) for mask in written])
-    key = spec.input_key if spec.mode == "tokens" else _below(spec.tokens_key, "full")
-    rows = None if key is None else readable_rows(td, key)
-    if rows is None:
-        return Places(attended=attended, assistant_masks=None)
-    masks = masks_or_none(td, spec.masks_key, spec.attention_mask_key, len(rows))
-    standing = [
-        _standing(row.cpu(), mask, ids)
-        for row, mask, ids in zip(rows, masks, prompts.ids, strict=True)
-    ]
+        masks = [torch.tensor(mask, dtype=torch.bool, device="cpu") for mask in written]
+        return Places(attended=whole, assistant_masks=masks)
+    if prompts.attended is not None:
+        return Places(
+            attended=prompts.attended, assistant_masks=_carried(td, prompts.attended, spec)
+        )
+    rows = [] if spec.tokens_key is None else id_rows(td, below(spec.tokens_key, "full"))
+    known = [row for row in rows if row is not None]
+    if len(known) < len(whole):
+        return Places(attended=whole, assistant_masks=None)
+    standing = attended(known, attention_masks(td, spec.masks_key, None), pads_of(spec.tokenizer))
     same = all(
-        row.cpu()[where].tolist() == ids
-        for row, where, ids in zip(rows, standing, prompts.ids, strict=True)
+        row.ids[where].tolist() == ids
+        for row, where, ids in zip(known, standing, prompts.ids, strict=True)
     )
-    return Places(
-        attended=standing if spec.mode == "tokens" else attended,
-        assistant_masks=_carried(td, standing, spec) if same else None,
-    )
-
-
-def _below(key: NestedKey | None, part: str) -> NestedKey | None:
-    if key is None:
-        return None
-    return (*key, part) if isinstance(key, tuple) else (key, part)
-
-
-def _standing(row: torch.Tensor, mask: torch.Tensor | None, ids: Sequence[int]) -> torch.Tensor:
-    """Where ``ids`` stand in a row: where the mask says, else after the pads it begins with."""
-    if mask is not None and mask.shape == row.shape:
-        return mask.cpu().bool()
-    where = torch.zeros(row.shape, dtype=torch.bool)
-    first = (row == ids[0]).nonzero()
-    if len(first):
-        start = int(first[0])
-        where[start : start + len(ids)] = True
-    return where
+    return Places(attended=whole, assistant_masks=_carried(td, standing, spec) if same else None)
 
 
 def _carried(
     td: TensorDictBase, standing: Sequence[torch.Tensor], spec: PromptSpec
 ) -> list[torch.Tensor] | None:
-    key = _below(spec.masks_key, "all_assistant_mask")
-    masks = None if key is None else readable_rows(td, key)
-    if masks is None:
+    """The input's own assistant masks, where every row has one of its ids' length."""
+    if spec.masks_key is None:
         return None
-    fits = all(mask.shape == where.shape for mask, where in zip(masks, standing, strict=True))
+    masks = values_of(td, below(spec.masks_key, "all_assistant_mask"))
+    fits = all(
+        mask is not None and mask.shape == where.shape and not mask.is_meta
+        for mask, where in zip(masks, standing, strict=True)
+    )
     if not fits:
         return None
     return [mask.cpu().bool()[where] for mask, where in zip(masks, standing, strict=True)]
@@ -186,7 +169,7 @@ def build_scores(
     if len(prompts.ids) != len(completions):
         raise ResponseError(f"{len(completions)} scores for {len(prompts.ids)} texts.")
     columns: Columns = {}
-    ids = [torch.tensor(row) for row in prompts.ids]
+    ids = [as_ids(row) for row in prompts.ids]
     if spec.tokens_key is not None:
         columns[spec.tokens_key] = _laid(Tokens, {"full": (ids, spec.pad_id)}, places, spec)
     if spec.masks_key is not None:
@@ -196,7 +179,7 @@ def build_scores(
             masks["all_assistant_mask"] = (places.assistant_masks, False)
         columns[spec.masks_key] = _laid(Masks, masks, places, spec)
     if spec.log_probs_key is not None:
-        scores = [torch.tensor(c.input_log_probs, dtype=torch.float32) for c in completions]
+        scores = [as_floats(c.input_log_probs) for c in completions]
         columns[spec.log_probs_key] = _laid(LogProbs, {"full": (scores, 0.0)}, places, spec)
     if spec.text_key is not None and prompts.texts is not None:
         columns[spec.text_key] = [_whole(Text, non_tensor(text)) for text in prompts.texts]

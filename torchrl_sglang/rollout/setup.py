@@ -10,15 +10,22 @@ import torch
 from tensordict import NestedKey, TensorDictBase, lazy_stack
 
 from ..batching import BatchingConfig
-from ..errors import ConfigError, UnsupportedOptionError
+from ..errors import ConfigError, TokenizerError, UnsupportedOptionError
 from ..outputs import OutputSpec
 from ..prompts import InputMode, PromptSpec, check_mode
 from ..sampling import SamplingParams
+from .chats import ChatFormat
 from .facts import InfoSpec, parse_extras
 from .row_requests import CallOptions, check_log_probs, check_log_probs_mode
 from .scoring import check_scoring
 from .texts import TextOptions
-from .tokenizers import choose_template, load_tokenizer, tokenizer_options
+from .tokenizers import (
+    choose_template,
+    load_tokenizer,
+    special_tokens,
+    template_options,
+    tokenizer_options,
+)
 
 INPLACE = (True, False, "empty")
 
@@ -164,11 +171,45 @@ def _prompt_spec(
         tokens_key=given["tokens_key"],
         text_key=given["text_key"],
         prefer_tokens=given["prefer_tokens"],
+        carry_turns=given["carry_turns"],
+        tokenizer_kwargs=tokenizer_options(given["tokenizer_kwargs"] if mode == "text" else None),
+        chats=_chat_format(given, mode, generate, tokenizer),
+    )
+
+
+def _chat_format(
+    given: Mapping[str, Any], mode: InputMode, generate: bool, tokenizer: Any
+) -> ChatFormat:
+    """How chats become ids; in text mode only how text does."""
+    special = special_tokens(tokenizer)
+    begun = bool(given["continue_final_message"])
+    if begun and not (mode == "history" and generate):
+        raise ConfigError(
+            "continue_final_message continues an assistant's message of a history: it needs "
+            "input_mode='history' and generate=True."
+        )
+    if mode != "history":
+        return ChatFormat(tokenizer=tokenizer, template=None, special=special)
+    options = dict(given["tokenizer_kwargs"] or {})
+    if not generate and not tokenizer.is_fast:
+        raise TokenizerError(
+            "generate=False with input_mode='history' marks what the assistant wrote, for which "
+            f"the tokenizer has to be a fast one: {type(tokenizer).__name__} is none. Load it with "
+            "use_fast=True, or score text or tokens."
+        )
+    template = choose_template(
+        mode,
+        tokenizer,
+        given["chat_template"] or options.get("chat_template"),
+        given["chat_template_name"] or options.get("chat_template_name"),
+        tools=bool(options.get("tools")),
+    )
+    return ChatFormat(
         tokenizer=tokenizer,
-        tokenizer_kwargs=tokenizer_options(given["tokenizer_kwargs"]),
-        template=choose_template(
-            mode, tokenizer, given["chat_template"], given["chat_template_name"]
-        ),
+        template=template,
+        options=template_options(options, str(template), generate),
+        special=special,
+        continue_final=begun or bool(options.get("continue_final_message")),
     )
 
 
@@ -186,6 +227,7 @@ def _output_spec(
         padded=given["pad_output"],
         tokenizer=tokenizer,
         pad_id=tokenizer.pad_token_id if tokenizer is not None else 0,
+        special=special_tokens(tokenizer),
         text=text_options(sampling),
     )
 

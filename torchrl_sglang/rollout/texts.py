@@ -11,6 +11,7 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text
 
 from ..completions import Completion
+from .turns import SpecialTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,11 @@ def build_texts(
     decoded: list[str],
     *,
     tokenizer: Any,
+    special: SpecialTokens,
     options: TextOptions,
 ) -> list[Text]:
     """One `Text` per completion."""
+    styled = _styled(completions, decoded, tokenizer, special, options)
     return [
         Text._from_tensordict(
             TensorDict(
@@ -58,9 +61,7 @@ def build_texts(
                 batch_size=[],
             )
         )
-        for prompt, response in zip(
-            prompts, _styled(completions, decoded, tokenizer, options), strict=True
-        )
+        for prompt, response in zip(prompts, styled, strict=True)
     ]
 
 
@@ -70,29 +71,41 @@ def non_tensor(value: Any) -> NonTensorData:
 
 
 def build_histories(
-    prompts: History, completions: Sequence[Completion], decoded: list[str], tokenizer: Any
+    prompts: History, begun: Sequence[str | None], contents: Sequence[str], ended: Sequence[bool]
 ) -> list[ChatHistory]:
-    """One `ChatHistory` per completion; ``prompts`` is ``[batch, turns]``."""
-    role = non_tensor("assistant")
-    complete = {True: non_tensor(True), False: non_tensor(False)}
+    """One `ChatHistory` per completion.
+
+    Args:
+        prompts: ``[batch, turns]``.
+        begun: what the last message of a prompt says where it is continued; then the response is
+            that message as a whole.
+        contents: what was sampled, as text without what ended it.
+        ended: whether it ended by itself.
+    """
     histories = []
-    for prompt, text, completion in zip(prompts.unbind(0), decoded, completions, strict=True):
+    for prompt, before, content, complete in zip(
+        prompts.unbind(0), begun, contents, ended, strict=True
+    ):
         turn = History._from_tensordict(
             TensorDict(
                 {
-                    "role": role,
-                    "content": non_tensor(content(text, completion, tokenizer)),
-                    "is_complete": complete[completion.finish_type == "stop"],
+                    "role": non_tensor("assistant"),
+                    "content": non_tensor((before or "") + content),
+                    "is_complete": non_tensor(complete),
                 },
                 batch_size=[],
                 device=prompt.device,  # the turns of one history are all on one
             )
         )
-        full = lazy_stack([*prompt.unbind(0), turn])
+        kept = prompt.unbind(0) if before is None else prompt.unbind(0)[:-1]
         histories.append(
             ChatHistory._from_tensordict(
                 TensorDict(
-                    {"prompt": prompt, "response": lazy_stack([turn]), "full": full},
+                    {
+                        "prompt": prompt,
+                        "response": lazy_stack([turn]),
+                        "full": lazy_stack([*kept, turn]),
+                    },
                     batch_size=[],
                 )
             )
@@ -101,7 +114,11 @@ def build_histories(
 
 
 def _styled(
-    completions: Sequence[Completion], decoded: list[str], tokenizer: Any, options: TextOptions
+    completions: Sequence[Completion],
+    decoded: list[str],
+    tokenizer: Any,
+    special: SpecialTokens,
+    options: TextOptions,
 ) -> list[str]:
     """The responses as the sampling options want them to be written."""
     responses, kwargs = decoded, {}
@@ -115,21 +132,37 @@ def _styled(
             for c in completions
         ]
         responses = tokenizer.batch_decode(ids, **kwargs)
-        trimmed = list(map(_before_stop, responses, completions))
-    else:
-        trimmed = [content(t, c, tokenizer) for t, c in zip(decoded, completions, strict=True)]
-    return responses if options.keep_stop else trimmed
+    if options.keep_stop:
+        return responses
+    if kwargs:
+        return [_before_stop(r, c, special) for r, c in zip(responses, completions, strict=True)]
+    return contents(completions, decoded, tokenizer, special)
 
 
-def content(text: str, completion: Completion, tokenizer: Any) -> str:
-    """A response without the EOS, stop token or stop string that ended it.
+def contents(
+    completions: Sequence[Completion],
+    decoded: Sequence[str],
+    tokenizer: Any,
+    special: SpecialTokens,
+) -> list[str]:
+    """The responses without the EOS, stop token or stop string that ended them."""
+    return [
+        _content(text, completion, tokenizer, special)
+        for text, completion in zip(decoded, completions, strict=True)
+    ]
 
-    An EOS at the last place that was allowed is one too, of which SGLang 0.5.15 says "length".
+
+def _content(text: str, completion: Completion, tokenizer: Any, special: SpecialTokens) -> str:
+    """A response without what ended it.
+
+    An EOS at the last place that was allowed is one too, of which SGLang 0.5.15 says "length"; and
+    so is a special token that a stop string lies in.
     """
     last = completion.output_ids[-1:]
-    if _ended_by_id(completion) or last == [tokenizer.eos_token_id]:
+    ended_by_special = completion.finish_type == "stop" and special.ids.issuperset(last)
+    if last and (_ended_by_id(completion) or ended_by_special or last == [tokenizer.eos_token_id]):
         return text.removesuffix(tokenizer.decode(last, skip_special_tokens=False))
-    return _before_stop(text, completion)
+    return _before_stop(text, completion, special)
 
 
 def _ended_by_id(completion: Completion) -> bool:
@@ -137,6 +170,19 @@ def _ended_by_id(completion: Completion) -> bool:
     return isinstance(stop, int) and completion.output_ids[-1:] == [stop]
 
 
-def _before_stop(text: str, completion: Completion) -> str:
+def _before_stop(text: str, completion: Completion, special: SpecialTokens) -> str:
+    """A response up to the stop string that ended it, where SGLang cuts its own text too.
+
+    That is where the stop stands first: the last token may hold it more than once. SGLang looks for
+    it in the text without special tokens; one that names a special token is in the whole text only.
+    """
     stop = completion.matched_stop
-    return text[: text.rfind(stop)] if isinstance(stop, str) and stop in text else text
+    if not isinstance(stop, str) or not stop:
+        return text
+    plain, moved = special.left_out(text)
+    at = plain.find(stop)
+    if at >= 0:
+        return text[: moved(at)]
+    at = text.find(stop)
+    whole = at >= 0 and not special.divided(text, at) and not special.divided(text, at + len(stop))
+    return text[:at] if whole else text

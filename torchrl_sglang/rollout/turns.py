@@ -7,7 +7,10 @@ kept, and of the next prompt only what follows them is tokenised.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
+import itertools
+import re
 import threading
 from array import array
 from collections import OrderedDict
@@ -26,21 +29,84 @@ SENTINEL = "\u241f\u241e\u241f"  # what no chat contains; it has no case, and no
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """The tokens of a tokenizer that stand for themselves alone, as those that end a turn.
+
+    All that its file calls special, not only those with a name of their own (``eos_token``, ...).
+
+    Attributes:
+        ids: their ids.
+        texts: how they are written; none is empty.
+    """
+
+    ids: frozenset[int] = frozenset()
+    texts: tuple[str, ...] = ()
+
+    def divided(self, text: str, at: int) -> bool:
+        """Whether a position lies inside one of them."""
+        return any(
+            0 <= text.find(special, max(0, at - len(special) + 1), at + len(special) - 1) < at
+            for special in self.texts
+        )
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.texts, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def left_out(self, text: str) -> tuple[str, Callable[[int], int]]:
+        """A text without them, and where a position of that is in the text itself."""
+        spans = [match.span() for match in self._pattern.finditer(text)]
+        starts = [0, *(end for _, end in spans)]
+        pieces = [
+            text[start:end]
+            for start, end in zip(starts, [*(start for start, _ in spans), len(text)], strict=True)
+        ]
+        ends = list(itertools.accumulate(map(len, pieces)))
+
+        def moved(position: int) -> int:
+            index = min(bisect.bisect_right(ends, position), len(pieces) - 1)
+            return starts[index] + position - ends[index] + len(pieces[index])
+
+        return "".join(pieces), moved
+
+    def meet(self, text: str, at: int) -> bool:
+        """Whether one of them ends or begins at a position."""
+        return text.endswith(self.texts, 0, at) or text.startswith(self.texts, at)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     """A finished turn.
 
     Attributes:
         ids: the prompt's and the sampled tokens.
-        text: the prompt and the answer as the text of a next prompt is likely to begin, with or
-            without the ending.
-        ending: the last token as text where it is a special one, such as EOS, else empty.
+        text: the prompt and the answer, as they were given out.
+        cut: what the tokens say after that and the text does not: the EOS or stop that ended them.
+        answered: whether the answer has any text; else the text is the prompt's alone.
         chat: what identifies the chat that it ended, see `chat_key`; the text where there is none.
     """
 
     ids: Sequence[int]
     text: str
-    ending: str = ""
+    cut: str = ""
+    answered: bool = True
     chat: Hashable = None
+
+    def end_in(self, text: str, special: SpecialTokens) -> int | None:
+        """Where the turn ends in a text that begins with it, with or without what was cut off."""
+        if not text.startswith(self.text):
+            return None
+        return len(self.text) + _num_written(self.cut, text, len(self.text), special)
+
+
+def _num_written(cut: str, text: str, at: int, special: SpecialTokens) -> int:
+    """How many characters of a text repeat what was cut off a turn: all of these, or none.
+
+    What was cut off may look like the beginning of a special token that follows.
+    """
+    again = text.startswith(cut, at) and not special.divided(text, at + len(cut))
+    return len(cut) if again else 0
 
 
 class TurnMemory:
@@ -79,8 +145,8 @@ class TurnMemory:
         with self._lock:
             return self._used(self._latest.get(chat, b""))
 
-    def begins(self, text: str) -> Turn | None:
-        """The latest turn of the longest text that ``text`` begins with, if one is remembered.
+    def begins(self, text: str, holds: Callable[[Turn], bool]) -> Turn | None:
+        """The latest turn of the longest text that ``text`` begins with and ``holds`` accepts.
 
         Takes a few searches of a sorted list, however many turns there are.
         """
@@ -90,9 +156,12 @@ class TurnMemory:
                 if at == 0:
                     break
                 nearest = self._texts[at - 1]  # what a text begins with comes before it
-                if text.startswith(nearest):
+                if not text.startswith(nearest):
+                    text = text[: num_shared(text, nearest)]
+                elif holds(self._turns[self._latest[nearest]]):
                     return self._used(self._latest[nearest])
-                text = text[: _num_shared(text, nearest)]
+                else:
+                    text = nearest[:-1]
             return None
 
     def with_tokens(self, ids: Sequence[int]) -> Turn | None:
@@ -126,7 +195,7 @@ class TurnMemory:
         self.__init__(**state)  # type: ignore[misc]  # a copy starts empty
 
 
-def _num_shared(one: str, other: str) -> int:
+def num_shared(one: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     lengths = range(1, min(len(one), len(other)) + 1)
     return bisect.bisect_left(lengths, True, key=lambda n: one[:n] != other[:n])
@@ -172,6 +241,7 @@ def continued(
     *,
     render: Render,
     encode: Encode,
+    special: SpecialTokens,
 ) -> list[int]:
     """Ids of a prompt that begins with a finished turn, whose tokens stay as they are.
 
@@ -182,20 +252,40 @@ def continued(
         prompt_text: the whole chat, rendered.
         render: renders messages, with or without a generation prompt at the end.
         encode: tokenises text without adding special tokens.
+        special: the tokenizer's special tokens.
     """
-    if prompt_text.startswith(turn.text):
-        rest = prompt_text[len(turn.text) :]
-        if not turn.text.endswith(turn.ending):  # a stop string in its very text cut it
-            rest = rest.removeprefix(turn.ending)
-    else:
-        written = _after_answer(messages, answer, render)
-        if written is None:  # the template leaves the answer out
+    end = turn.end_in(prompt_text, special)
+    if end is None:
+        rest = after_answer(messages, answer, render)
+        if rest is None:  # the template leaves the answer out
             return encode(prompt_text)
-        rest = written.removeprefix(turn.ending)
+        rest = rest[_num_written(turn.cut, rest, 0, special) :]
+    else:
+        rest = prompt_text[end:]
     return [*turn.ids, *encode(rest)] if rest else list(turn.ids)
 
 
-def _after_answer(messages: Sequence[Message], answer: int, render: Render) -> str | None:
+def says_the_same(
+    turn: Turn,
+    messages: Sequence[Message],
+    answer: int,
+    prompt_text: str,
+    *,
+    render: Render,
+    special: SpecialTokens,
+) -> bool:
+    """Whether an assistant message, as it is rendered, is the answer of a turn.
+
+    A text that begins with a turn's may go on with another answer that begins like it.
+    """
+    end = turn.end_in(prompt_text, special)
+    rest = None if end is None else after_answer(messages, answer, render)
+    if end is None or rest is None:
+        return False
+    return rest[_num_written(turn.cut, rest, 0, special) :] == prompt_text[end:]
+
+
+def after_answer(messages: Sequence[Message], answer: int, render: Render) -> str | None:
     """What the template writes after an assistant message, whatever it makes of the message.
 
     Templates trim contents or leave old thoughts out, and a stop string is not in the message.
