@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from torchrl.modules.llm.policies.common import LLMWrapperBase
 
 from .completions import Completion
-from .errors import SGLangError, UnsupportedOptionError
+from .errors import InputError, InputTypeError, SGLangError, UnsupportedOptionError
 from .live import find_service
 from .protocol import LogitProcessor
 from .rollout.call import Call, shared_batcher
@@ -190,6 +190,7 @@ class SGLangWrapper(LLMWrapperBase):
             UnsupportedOptionError: an option that is unknown or can't be served.
             ServiceError: the servers refused, failed or did not answer in time.
         """
+        self._check_target(tensordict, tensordict_out)
         call = Call(tensordict, self._settled, self.service, kwargs)
         return self._place(tensordict, call.outputs(self._complete(call)), tensordict_out)
 
@@ -213,6 +214,7 @@ class SGLangWrapper(LLMWrapperBase):
                 "min_batch_size or max_batch_size) collects those of several threads: await one "
                 "without, or call this one in threads."
             )
+        self._check_target(tensordict, tensordict_out)
         call = await asyncio.to_thread(Call, tensordict, self._settled, self.service, kwargs)
         completions = await self.service.acomplete(call.requests, call.arrive)
         out = await asyncio.to_thread(call.outputs, completions)
@@ -232,6 +234,7 @@ class SGLangWrapper(LLMWrapperBase):
         Raises:
             InputError: tokens, masks, log-probs or finish reasons are missing.
         """
+        self._check_target(tensordict, None, num_samples=None)
         call = ResumedCall(tensordict, self._settled, self.service, kwargs)
         completions = self._complete(call) if call.requests else []
         return self._place(tensordict, call.outputs(completions), None)
@@ -247,6 +250,40 @@ class SGLangWrapper(LLMWrapperBase):
                 raise group
             completions += group
         return completions
+
+    def _check_target(
+        self,
+        source: TensorDictBase,
+        target: TensorDictBase | None,
+        num_samples: int | Literal["own"] | None = "own",
+    ) -> None:
+        """Raises `InputError` where the outputs can't be written, before anything is sampled."""
+        if not is_tensor_collection(source):
+            raise InputTypeError(
+                f"a policy is called with a TensorDict, got {type(source).__name__}: put the "
+                f"prompts under {self.input_key!r}."
+            )
+        if target is None and self.inplace is not True:
+            return
+        into, samples = target if target is not None else source, num_samples
+        if samples == "own":
+            samples = self.num_samples
+        size = source.batch_size if samples is None else (*source.batch_size, samples)
+        if into.batch_size != torch.Size(size):
+            raise InputError(
+                f"the outputs have batch size {tuple(size)}; what they are to be written into has "
+                f"{tuple(into.batch_size)}."
+            )
+        if into.is_locked:
+            raise InputError(
+                "the outputs are to be written into a TensorDict that is locked: unlock_() it, or "
+                "use inplace=False or 'empty', which leave it as it is."
+            )
+        for key in self.out_keys:
+            base = key[:-1] if isinstance(key, tuple) else ()
+            held = into.get(base, None) if base else None
+            if held is not None and not is_tensor_collection(held):
+                raise InputError(f"{key!r} can't be written: {base!r} holds a value of its own.")
 
     def _place(
         self, source: TensorDictBase, out: TensorDictBase, target: TensorDictBase | None

@@ -139,7 +139,7 @@ def _from_history(td: TensorDictBase, spec: PromptSpec) -> Prompts:
     chats = Chats(history, spec.chats)
     texts = chats.texts(add_generation_prompt=spec.generate)
     check_texts(texts)
-    ready = _ready_tokens(td, spec, texts)
+    ready = _ready_tokens(td, spec, texts, chats)
     if not spec.generate:
         ids, masks = chats.scored(texts)
         for row, known in _ready_masks(td, spec, ready).items():
@@ -254,7 +254,7 @@ def _known_or_read(
 
 
 def _ready_tokens(
-    td: TensorDictBase, spec: PromptSpec, texts: Sequence[str]
+    td: TensorDictBase, spec: PromptSpec, texts: Sequence[str], chats: Chats
 ) -> list[list[int] | None]:
     """Each row's own tokens, where they are there and are those of its chat.
 
@@ -265,14 +265,26 @@ def _ready_tokens(
         return ready
     for part in ("prompt", "full") if spec.generate else ("full",):
         for index, ids in enumerate(_ids_below(td, part, spec)[0]):
-            if ids and ready[index] is None and _says(ids, texts[index], spec):
+            new = ids and ready[index] is None
+            if ids and new and _says(ids, texts[index], chats.messages[index], spec):
                 ready[index] = ids
     return ready
 
 
-def _says(ids: list[int], text: str, spec: PromptSpec) -> bool:
+def _says(ids: list[int], text: str, messages: Sequence[Message], spec: PromptSpec) -> bool:
+    """Whether ids are a chat's: they say what it says, or the policy ended the chat with them."""
     decoded: str = spec.tokenizer.decode(ids, skip_special_tokens=False)
-    return decoded == text or spec.chats.encode(text) == ids
+    if decoded == text or spec.chats.encode(text) == ids:
+        return True
+    if spec.generate:
+        return False
+    known = spec.memory.with_tokens(ids)
+    if known is not None and known.chat == chat_key(messages):
+        return True
+    # What was sampled ends with an EOS, or in the middle, where the template closes a message.
+    closing = spec.chats.closing(messages)
+    body = text.removesuffix(closing)
+    return bool(closing) and decoded.startswith(body) and closing.startswith(decoded[len(body) :])
 
 
 def _ready_masks(

@@ -248,14 +248,6 @@ def test_selected_outputs(service: AsyncSGLang, tokenizer: Any) -> None:
     assert set(out.keys()) == {"agent"}
 
 
-def test_prefer_tokens(service: AsyncSGLang, tokenizer: Any) -> None:
-    td = make_input("history", (6,), tokenizer)
-    ids = [[70 + i] * (i + 1) for i in range(6)]
-    td.set("tokens", lazy_stack([Tokens(prompt=torch.tensor(i), batch_size=()) for i in ids]))
-    policy = SGLangWrapper(service, generate_kwargs=SAMPLING, prefer_tokens=True)
-    assert [row["tokens"].prompt.tolist() for row in rows_of(policy(td))] == ids
-
-
 def test_sampling_options_per_call(service: AsyncSGLang, tokenizer: Any) -> None:
     policy = SGLangWrapper(service, input_mode="text", generate_kwargs=SAMPLING, inplace=False)
     td = make_input("text", (6,), tokenizer)

@@ -149,22 +149,36 @@ def test_what_the_assistant_wrote(
         assert tokenizer.decode(written) == "".join(answer + ending for answer in answers)
 
 
+def split_further(ids: list[int], tokenizer: Any) -> list[int]:
+    """Other ids of the same text: one token, letter by letter."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    at = max(
+        i for i, one in enumerate(ids) if one not in special and len(tokenizer.decode(one)) > 1
+    )
+    pieces = [i for letter in tokenizer.decode([ids[at]]) for i in tokenizer(letter)["input_ids"]]
+    assert len(pieces) > 1
+    return [*ids[:at], *pieces, *ids[at + 1 :]]
+
+
 @pytest.mark.parametrize("key", ["prompt", "full"])
-def test_prefer_tokens(service: AsyncSGLang, model: Any, key: str) -> None:
-    """The tokens that are there are scored; a prompt is no complete text."""
+def test_prefer_tokens(service: AsyncSGLang, model: Any, tokenizer: Any, key: str) -> None:
+    """The chat's tokens that are there are scored; a prompt is no complete text."""
     td = make_input("history")
-    tokens = [Tokens(**{key: torch.tensor(ids)}, batch_size=()) for ids in IDS]
+    own = SGLangWrapper(service, generate=False, inplace=False)(td)
+    # The same text in other tokens than the tokenizer's: cut between two characters.
+    others = [split_further(row["tokens"].full.tolist(), tokenizer) for row in rows_of(own)]
+    tokens = [Tokens(**{key: torch.tensor(ids)}, batch_size=()) for ids in others]
     masks = [
         Masks(
             all_attention_mask=torch.ones(len(ids), dtype=torch.bool),
             all_assistant_mask=torch.arange(len(ids)) > 1,
             batch_size=(),
         )
-        for ids in IDS
+        for ids in others
     ]
     td.set("tokens", lazy_stack(tokens)).set("masks", lazy_stack(masks))
     out = SGLangWrapper(service, generate=False, prefer_tokens=True, inplace=False)(td)
-    for row, ids, mask in zip(rows_of(out), IDS, masks, strict=True):
+    for row, ids, mask in zip(rows_of(out), others, masks, strict=True):
         if key == "prompt":
             assert row["tokens"].full.tolist() != ids
             continue

@@ -18,6 +18,7 @@ from .turns import (
     Message,
     SpecialTokens,
     Turn,
+    after_answer,
     continued,
     last_answer,
     says_the_same,
@@ -53,6 +54,12 @@ class ChatFormat:
         if self.is_begun(messages):
             return self._render(messages, continue_final_message=True)
         return self.render(messages, True)
+
+    def closing(self, messages: Sequence[Message]) -> str:
+        """What the template writes after the assistant's message that ends a chat; else nothing."""
+        if not messages or messages[-1]["role"] != "assistant":
+            return ""
+        return after_answer(messages, len(messages) - 1, self.render, asking=False) or ""
 
     def is_begun(self, messages: Sequence[Message]) -> bool:
         """Whether the last message is one that is to be continued."""

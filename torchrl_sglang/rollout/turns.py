@@ -285,11 +285,19 @@ def says_the_same(
     return rest[_num_written(turn.cut, rest, 0, special) :] == prompt_text[end:]
 
 
-def after_answer(messages: Sequence[Message], answer: int, render: Render) -> str | None:
+def after_answer(
+    messages: Sequence[Message], answer: int, render: Render, *, asking: bool = True
+) -> str | None:
     """What the template writes after an assistant message, whatever it makes of the message.
 
     Templates trim contents or leave old thoughts out, and a stop string is not in the message.
+
+    Args:
+        messages: the whole chat.
+        answer: index of the message.
+        render: renders messages, with or without a generation prompt at the end.
+        asking: whether another answer is asked for at the end.
     """
     marked = [*messages[:answer], {"role": "assistant", "content": SENTINEL}]
-    _, found, rest = render([*marked, *messages[answer + 1 :]], True).rpartition(SENTINEL)
+    _, found, rest = render([*marked, *messages[answer + 1 :]], asking).rpartition(SENTINEL)
     return rest if found else None

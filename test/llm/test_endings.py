@@ -1,0 +1,191 @@
+"""What ends a turn: it is in the tokens once, whatever it is and whoever writes it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tensordict import TensorDict
+from torchrl.data.llm import History
+from torchrl.modules.llm.policies import ChatHistory
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from torchrl_sglang import AsyncSGLang, Completion, SGLangWrapper, VersionSpan
+from torchrl_sglang.rollout.texts import contents
+from torchrl_sglang.rollout.tokenizers import special_tokens
+from torchrl_sglang.rollout.turns import SpecialTokens, Turn
+
+HI, GO = {"role": "user", "content": "hi"}, {"role": "user", "content": "go"}
+
+
+@pytest.fixture(scope="module")
+def unnamed(model_path: Any) -> Any:
+    """What ends a turn is special in the tokenizer's file, and has no name there."""
+    own = AutoTokenizer.from_pretrained(model_path)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own.backend_tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=own.chat_template,
+    )
+
+
+def asked(*chats: list[dict[str, Any]]) -> TensorDict:
+    history = ChatHistory(prompt=History.from_chats(list(chats)), batch_size=len(chats))
+    return TensorDict(history=history, batch_size=len(chats))
+
+
+def test_the_tokens_of_the_file_are_special(unnamed: Any, tokenizer: Any) -> None:
+    assert unnamed.convert_tokens_to_ids("<|im_end|>") not in unnamed.all_special_ids
+    special = special_tokens(unnamed)
+    assert {0, 1, 2} <= special.ids
+    assert set(special.texts) == {unnamed.decode([index]) for index in special.ids}
+    assert special_tokens(None) == SpecialTokens()
+    assert special_tokens(tokenizer).ids >= set(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize("carried", [False, True], ids=["remembered", "carried"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"logit_bias": {2: 100.0}},
+        {"logit_bias": {2: 100.0}, "stop": ["end"]},
+        {"logit_bias": {2: 100.0}, "stop": ["<|im_end|>"], "ignore_eos": True},
+        {"logit_bias": {2: 100.0}, "stop_token_ids": [2]},
+        {"logit_bias": {2: 100.0}, "skip_special_tokens": True},
+        {"logit_bias": {2: 100.0}, "no_stop_trim": False},
+    ],
+    ids=["eos", "stop in it", "stop is it", "stop id", "specials left out", "left out"],
+)
+def test_an_ending_without_a_name(
+    service: AsyncSGLang, unnamed: Any, sampling: dict[str, Any], carried: bool
+) -> None:
+    policy = SGLangWrapper(
+        service, tokenizer=unnamed, generate_kwargs={"max_new_tokens": 8, **sampling}
+    )
+    first = policy(asked([HI]))
+    tokens = first[0]["tokens"].full.tolist()
+    assert tokens[-1] == 2
+    answer = first[0]["history"].response.content[0]
+    assert answer == ""
+    chat = [HI, {"role": "assistant", "content": answer}, GO]
+    td = asked(chat)
+    if carried:
+        policy = policy.get_new_version()  # it remembers nothing
+        td = first.set("history", td["history"])
+    prompt = policy(td)[0]["tokens"].prompt.tolist()
+    assert prompt[: len(tokens)] == tokens
+    after = "\n<|im_start|>user\ngo<|im_end|>\n<|im_start|>assistant\n"
+    assert unnamed.decode(prompt[len(tokens) :]) == after
+
+
+@pytest.mark.parametrize("carried", [False, True], ids=["remembered", "carried"])
+def test_an_answer_that_begins_like_the_one_that_was_sampled(
+    service: AsyncSGLang, tokenizer: Any, carried: bool
+) -> None:
+    """The user has put another in its place: the tokens are those of what the chat says."""
+    policy = SGLangWrapper(
+        service,
+        tokenizer=tokenizer,
+        generate_kwargs={"max_new_tokens": 3, "ignore_eos": True, "logit_bias": {2: -100.0}},
+    )
+    first = policy(asked([HI]))
+    answer = first[0]["history"].response.content[0]
+    for other in (answer + "oo", answer[:-1], ""):
+        chat = [HI, {"role": "assistant", "content": other}, GO]
+        td = asked(chat)
+        if carried:
+            td = first.clone().set("history", td["history"])
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        prompt = policy(td)[0]["tokens"].prompt.tolist()
+        assert prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def completion(ids: list[int], matched: Any, kind: Any = "stop") -> Completion:
+    return Completion(
+        rid="r",
+        output_ids=ids,
+        log_probs=None,
+        text=None,
+        finish_type=kind,
+        matched_stop=matched,
+        prompt_tokens=1,
+        cached_tokens=0,
+        version_spans=(VersionSpan(version="1", start=0, end=len(ids)),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one\n\ntwo", "\n", "one"),  # twice in the last token
+        ("aXbX", "X", "a"),
+        ("say. bar", ".", "say"),  # inside one token
+        (".", ".", ""),
+        ("a<|im_end|>bX", "X", "a<|im_end|>b"),
+        ("a<|im_start|>X", "X", "a<|im_start|>"),
+        ("a<|im_end|>b", "end", "a<|im_end|>b"),  # only inside a special token
+        ("a<|im_end|>bend", "end", "a<|im_end|>b"),
+        ("ab<|im_end|>\nc", "<|im_end|>\n", "ab"),
+        ("a", "absent", "a"),
+    ],
+)
+def test_a_stop_string_cuts_where_it_stands_first(
+    tokenizer: Any, text: str, stop: str, expected: str
+) -> None:
+    special = special_tokens(tokenizer)
+    ids = tokenizer(text)["input_ids"]
+    if ids[-1] in special.ids:
+        return
+    assert contents([completion(ids, stop)], [text], tokenizer, special) == [expected]
+
+
+@pytest.mark.parametrize("stop", ["e", "o", " ", "th"])
+def test_messages_say_what_the_server_says(service: AsyncSGLang, tokenizer: Any, stop: str) -> None:
+    """SGLang's own text, stops left out, for every row."""
+    policy = SGLangWrapper(
+        service,
+        tokenizer=tokenizer,
+        generate_kwargs={"max_new_tokens": 24, "stop": stop, "ignore_eos": True},
+        inplace=False,
+    )
+    own: list[Any] = []
+    complete = service.complete
+
+    def recorded(*args: Any) -> Any:
+        own.extend(complete(*args))
+        return own
+
+    policy.service = type(
+        "Recording", (), {"complete": staticmethod(recorded), "info": service.info}
+    )()
+    out = policy(asked(*[[{"role": "user", "content": f"say {i}"}] for i in range(12)]))
+    special = special_tokens(tokenizer)
+    for row, completion in zip(out.unbind(0), own, strict=True):
+        said = row["history"].response.content[0]
+        assert special.left_out(said)[0] == completion.text
+    assert any(isinstance(completion.matched_stop, str) for completion in own)
+
+
+def test_special_tokens_are_left_out_and_found_again() -> None:
+    special = SpecialTokens(ids=frozenset({1}), texts=("<a>", "<aa>"))
+    text = "<a>xy<aa><a>z<a>"
+    plain, moved = special.left_out(text)
+    assert plain == "xyz"
+    assert [text[moved(i)] for i in range(3)] == list("xyz")
+    assert SpecialTokens().left_out("xy")[0] == "xy"
+    assert special.divided("..<aa>..", 4)
+    assert not special.divided("..<aa>..", 2)
+    assert not special.divided("..<aa>..", 6)
+    assert special.meet("..<aa>..", 2)
+    assert special.meet("..<aa>..", 6)
+    assert not special.meet("..<aa>..", 4)
+
+
+def test_where_a_turn_ends_in_a_text() -> None:
+    special = SpecialTokens(ids=frozenset({1}), texts=("<end>",))
+    turn = Turn(ids=[1], text="ask:say", cut="<")
+    assert turn.end_in("ask:say<end>", special) == len("ask:say")  # not a part of a special token
+    assert turn.end_in("ask:say< more", special) == len("ask:say<")
+    assert turn.end_in("ask:say more", special) == len("ask:say")
+    assert turn.end_in("ask:sa", special) is None
