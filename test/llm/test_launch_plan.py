@@ -15,6 +15,8 @@ from torchrl_sglang.launch.process import redacted
 from torchrl_sglang.launch.router import router_argv
 from torchrl_sglang.launch.server import (
     CPU_SERVE,
+    CPU_TOTAL_TOKENS,
+    NO_BALANCE_CHECK,
     OWN_OPTIONS,
     check_extra_args,
     flags,
@@ -29,6 +31,8 @@ from torchrl_sglang.start import (
     divide_gpus,
     plan_fleet,
 )
+
+UNBALANCED = dict([NO_BALANCE_CHECK])
 
 
 @pytest.fixture
@@ -172,6 +176,28 @@ def test_the_users_options_win_over_our_defaults(
     assert options(argv_of(server(device="cpu", extra_args=extra))).get(flag) == expected
 
 
+@pytest.mark.parametrize(
+    ("extra", "tokens", "fraction"),
+    [
+        ({}, CPU_TOTAL_TOKENS, 0.9),
+        ({"mem_fraction_static": 0.95}, CPU_TOTAL_TOKENS, 0.95),
+        ({"max_total_tokens": 4096}, 4096, 0.9),
+        ({"context_length": 2 * CPU_TOTAL_TOKENS}, 2 * CPU_TOTAL_TOKENS, 0.9),
+        ({"context_length": 2048}, CPU_TOTAL_TOKENS, 0.9),
+        ({"context_length": None}, CPU_TOTAL_TOKENS, 0.9),
+    ],
+    ids=str,
+)
+def test_the_cache_of_a_cpu_server_is_bounded_in_tokens(
+    extra: dict[str, Any], tokens: int, fraction: float
+) -> None:
+    """A share of the machine would be what others take meanwhile, or all of its memory."""
+    given = options(argv_of(server(device="cpu", extra_args=extra)))
+    assert given["--max-total-tokens"] == [str(tokens)]
+    assert given["--mem-fraction-static"] == [str(fraction)]
+    assert not {"--max-total-tokens", "--mem-fraction-static"} & set(options(argv_of(server())))
+
+
 @pytest.mark.parametrize("name", [*OWN_OPTIONS])
 def test_options_with_an_argument_of_their_own(name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' has an argument of its own"):
@@ -238,7 +264,7 @@ def test_even_gpus_leave_the_view_alone() -> None:
 @pytest.mark.parametrize(
     ("device", "base", "expected"),
     [
-        ("cpu", {"A": "1"}, {"A": "1", "SGLANG_USE_CPU_ENGINE": "1"}),
+        ("cpu", {"A": "1"}, {"A": "1", "SGLANG_USE_CPU_ENGINE": "1", **UNBALANCED}),
         ("cuda", {"A": "1"}, {"A": "1", "NCCL_CUMEM_ENABLE": "1"}),
         ("cuda", {"NCCL_CUMEM_ENABLE": "0"}, {"NCCL_CUMEM_ENABLE": "0"}),
     ],
@@ -248,6 +274,23 @@ def test_environment(device: str, base: dict[str, str], expected: dict[str, str]
     kept = {"SGLANG_TIMEOUT_KEEP_ALIVE": "3600"}
     assert server_env(server(device=device), base) == {**kept, **expected}
     assert base == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "base", "expected"),
+    [
+        ({"device": "cuda"}, {}, None),
+        ({"device": "cuda", "tp_size": 2}, {}, "0"),
+        ({"device": "cpu"}, {}, "0"),
+        ({"device": "cuda", "tp_size": 2}, {NO_BALANCE_CHECK[0]: "1"}, "1"),
+    ],
+    ids=str,
+)
+def test_memory_that_is_taken_unevenly_is_no_reason_to_fail(
+    changes: dict[str, Any], base: dict[str, str], expected: str | None
+) -> None:
+    """As where a trainer shares some of the GPUs, or ranks measure one after the other."""
+    assert server_env(server(**changes), base).get(NO_BALANCE_CHECK[0]) == expected
 
 
 @pytest.mark.parametrize(

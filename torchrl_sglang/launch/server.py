@@ -14,14 +14,20 @@ from ..errors import ConfigError
 CPU_SERVE = Path(__file__).parent.parent / "cpu" / "serve.py"
 
 KEEP_ALIVE_S = "3600"
+# Of the memory that is free for each rank: a server refuses to start where it differs by a tenth.
+NO_BALANCE_CHECK = ("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
 
 # SGLang serves a dense text model on CPU with these; ``sleep_on_idle`` gives the core back.
+# A server measures what is free before and after it loads, and fails where less is left than the
+# fraction allows. On a CPU others take of the same memory meanwhile: so the fraction leaves room
+# for them, and what bounds the cache is a number of tokens, not a share of the machine.
 CPU_DEFAULTS: dict[str, Any] = {
     "attention_backend": "torch_native",
     "disable_overlap_schedule": True,
-    "mem_fraction_static": 0.1,
+    "mem_fraction_static": 0.9,
     "sleep_on_idle": True,
 }
+CPU_TOTAL_TOKENS = 1 << 16  # of the cache: 0.8 GB for Qwen2.5-0.5B, 3.8 GB for its 7B
 
 # The one LoRA backend that computes with torch alone.
 CPU_LORA_DEFAULTS: dict[str, Any] = {"lora_backend": "torch_native"}
@@ -76,8 +82,12 @@ def server_argv(config: ServerConfig, *, python: str, port: int, nccl_port: int)
 
 
 def _cpu_defaults(config: ServerConfig) -> dict[str, Any]:
-    with_lora = config.extra_args.get("enable_lora") or config.extra_args.get("lora_paths")
-    return {**CPU_DEFAULTS, **(CPU_LORA_DEFAULTS if with_lora else {})}
+    given = config.extra_args
+    with_lora = given.get("enable_lora") or given.get("lora_paths")
+    # A prompt that does not fit into the cache is refused, however long the context is.
+    tokens = max(CPU_TOTAL_TOKENS, int(given.get("context_length") or 0))
+    lora = CPU_LORA_DEFAULTS if with_lora else {}
+    return {**CPU_DEFAULTS, "max_total_tokens": tokens, **lora}
 
 
 def gpu_placement(devices: tuple[int, ...] | None) -> dict[str, Any]:
@@ -141,9 +151,14 @@ def server_env(config: ServerConfig, base: Mapping[str, str]) -> dict[str, str]:
     env.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", KEEP_ALIVE_S)
     if config.device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
+        # All ranks measure the same memory, one a moment after the other.
+        env.setdefault(*NO_BALANCE_CHECK)
         if config.cpu_threads is not None:
             env.setdefault("OMP_NUM_THREADS", str(config.cpu_threads))
     else:
+        if config.tp_size > 1:
+            # A trainer that shares some of the GPUs leaves less on these.
+            env.setdefault(*NO_BALANCE_CHECK)
         # The server would set 0 for itself, and a trainer that sets nothing would then fail in the
         # first broadcast; 1 is what torch gives the trainer.
         env.setdefault("NCCL_CUMEM_ENABLE", "1")
