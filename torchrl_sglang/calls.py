@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from .client import ControlClient
 from .config import Timeouts
@@ -19,9 +20,26 @@ from .gate import ServiceState, UpdateGate
 from .vocabulary import QUESTION
 
 CHECK_S = 5.0  # between two looks at the servers while calls are under way
+LOST_S = 0.5  # likewise at the children of this process
+SOON_S = 0.1
 ASK_S = 2.0  # how long a server that is not paused takes at most to refuse a request
 
 End = Callable[[ServiceError], None]
+
+
+class Recovery(Protocol):
+    """Sees to it that there is somebody to answer."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody answers; must be quick."""
+
+    def recover(self) -> None:
+        """Mends that, which may take a while.
+
+        Raises:
+            ServiceError: it can't.
+        """
 
 
 class Calls:
@@ -35,16 +53,22 @@ class Calls:
         gate: tells of this process's pushes.
         workers: the servers.
         timeouts: bounds on waiting.
+        recovery: what to do about servers or a router of this process that died.
     """
 
     def __init__(
-        self, gate: UpdateGate, workers: Callable[[], Sequence[ControlClient]], timeouts: Timeouts
+        self,
+        gate: UpdateGate,
+        workers: Callable[[], Sequence[ControlClient]],
+        timeouts: Timeouts,
+        recovery: Recovery,
     ) -> None:
+        self._recovery = recovery
         self._gate = gate
         self._workers = workers
         self._timeouts = timeouts
         self._ends: set[End] = set()
-        self._watcher: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
 
     @contextlib.asynccontextmanager
     async def bounded(self, within_s: float) -> AsyncIterator[None]:
@@ -54,6 +78,7 @@ class Calls:
             TimeoutError: it took longer than ``within_s``.
             ServiceBrokenError: a push failed meanwhile.
             RequestTimeoutError: servers stay paused.
+            ConnectError: the router, or every server, of this process died and stays dead.
         """
         loop, reasons = asyncio.get_running_loop(), list[ServiceError]()
 
@@ -68,6 +93,7 @@ class Calls:
 
         try:
             async with asyncio.timeout(within_s) as scope:
+                await self._recovered()
                 with self._gate.in_flight(broken), self._watched(end):
                     yield
         except TimeoutError:
@@ -78,28 +104,50 @@ class Calls:
     @contextlib.contextmanager
     def _watched(self, end: End) -> Iterator[None]:
         self._ends.add(end)
-        if self._watcher is None:
-            self._watcher = asyncio.create_task(self._watch())
+        if not self._watchers:
+            watches = self._watch_pauses(), self._watch_children()
+            self._watchers = [asyncio.create_task(watch) for watch in watches]
         try:
             yield
         finally:
             self._ends.discard(end)
             if not self._ends:
-                self._watcher.cancel()
-                self._watcher = None
+                for watcher in self._watchers:
+                    watcher.cancel()
+                self._watchers = []
 
-    async def _watch(self) -> None:
+    def _end_all(self, reason: ServiceError) -> None:
+        for end in tuple(self._ends):
+            end(reason)
+
+    async def _recovered(self) -> None:
+        # What a push finds dead it may be about to start again, and it says how that ends.
+        if self._gate.state is ServiceState.SYNCED and self._recovery.lost:
+            await asyncio.to_thread(self._recovery.recover)
+
+    async def _watch_children(self) -> None:
+        """Ends all calls once nobody is left to answer them."""
+        while True:
+            await asyncio.sleep(LOST_S)
+            try:
+                await self._recovered()
+            except ServiceError as error:
+                self._end_all(error)
+
+    async def _watch_pauses(self) -> None:
         """Ends all calls once a server has been paused for too long."""
         clock, limit_s = asyncio.get_running_loop().time, self._timeouts.paused_s
+        wait_s = often_s = min(CHECK_S, limit_s / 4)
         since: dict[str, float] = {}
         while True:
-            await asyncio.sleep(min(CHECK_S, limit_s / 4))
-            paused = await self._paused()
-            since = {url: since.get(url, clock()) for url in paused}
-            stuck = [url for url, start in since.items() if clock() - start >= limit_s]
+            await asyncio.sleep(wait_s)
+            asked_at = clock()  # who is paused keeps the answer from then on
+            since = {url: since.get(url, asked_at) for url in await self._paused()}
+            stuck = {url: clock() - at for url, at in since.items() if clock() - at >= limit_s}
             if stuck:
-                for end in tuple(self._ends):
-                    end(_stuck_error(stuck, limit_s))
+                self._end_all(_stuck_error(stuck, limit_s))
+            due_s = min(since.values(), default=clock()) + limit_s - clock()
+            wait_s = max(min(often_s, due_s - ASK_S), SOON_S)
 
     async def _paused(self) -> list[str]:
         """The servers that are paused, but not by a push of this process, which is bounded."""
@@ -137,10 +185,10 @@ def is_paused(worker: ControlClient) -> bool:
     return False
 
 
-def _stuck_error(urls: Sequence[str], paused_s: float) -> RequestTimeoutError:
+def _stuck_error(stuck_s: Mapping[str, float], limit_s: float) -> RequestTimeoutError:
     return RequestTimeoutError(
-        f"servers have been paused for {paused_s:g} s (Timeouts.paused_s) and answer nothing: "
-        f"{', '.join(urls)}. Another process pushes weights to them, or its push failed, or it is "
-        "gone. A push of the whole model lets them go on; for pushes that take longer, raise "
-        "Timeouts.paused_s."
+        f"servers have been paused for {max(stuck_s.values()):.1f} s and answer nothing: "
+        f"{', '.join(stuck_s)}. Another process pushes weights to them, or its push failed, or it "
+        "is gone. A push of the whole model lets them go on; for pushes that take longer, raise "
+        f"Timeouts.paused_s ({limit_s:g} s)."
     )

@@ -13,6 +13,7 @@ from typing import Any, Self
 from .adapters import Adapters
 from .attach import Cluster, Credentials
 from .background import BackgroundLoop
+from .client import ControlClient
 from .completions import INITIAL_VERSION
 from .config import RouterConfig, ServerConfig, Timeouts
 from .data_client import DataClient
@@ -181,6 +182,11 @@ class AsyncSGLang(Members, SharedGeneration):
         return self._local.attached(self._url, self._keys, self.timeouts)
 
     @property
+    def workers(self) -> tuple[ControlClient, ...]:
+        """A control client per server, but for those started here that are dead by now."""
+        return self._local.living(self.cluster.workers)
+
+    @property
     def sessions(self) -> Sessions:
         """The sessions that this service opened; closed with it."""
         return self._local.sessions
@@ -202,8 +208,17 @@ class AsyncSGLang(Members, SharedGeneration):
 
     @property
     def state(self) -> ServiceState:
-        """Whether the servers run whole weights; see `ServiceState`."""
-        return self.gate.state
+        """Whether the servers run whole weights, and live; see `ServiceState`.
+
+        Where they were paused when this object attached to them, they are asked whether they still
+        are, which takes seconds then.
+        """
+        state = self.gate.state
+        if state is not ServiceState.SYNCED:
+            return state
+        if self._local.lost:
+            return ServiceState.BROKEN
+        return ServiceState.UPDATING if self._local.still_paused() else state
 
     @property
     def weight_version(self) -> str:

@@ -124,12 +124,12 @@ def start_fleet(plan: FleetPlan, keys: Credentials) -> Fleet:
     def client(url: str) -> ControlClient:
         return client_of(url, keys, plan.timeouts)
 
-    def router_ready(url: str) -> bool:
+    def router_ready(url: str, num_workers: int) -> bool:
         try:
             workers = parse_worker_urls(client(url).get("/workers"))
         except ServiceError:
             return False
-        return workers is not None and len(workers) == len(plan.servers)
+        return workers is not None and len(workers) == num_workers
 
     return Fleet(
         plan, server_ready=lambda url: client(url).answers("/health"), router_ready=router_ready
