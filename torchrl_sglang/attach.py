@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from .client import ControlClient
+from .client import ControlClient, path_hint
 from .config import Timeouts
 from .errors import (
     ConnectError,
@@ -228,14 +228,16 @@ def _worker_urls(front: ControlClient) -> list[str] | None:
     except RequestRefusedError as error:
         if error.status in (404, 405):
             return None
-        raise ConnectError(f"can't list the workers of {front.url}: {error}") from error
+        raise ConnectError(
+            f"can't list the workers of {front.url}: {error}.{path_hint(front.url)}"
+        ) from error
     except ServiceError as error:
         raise ConnectError(f"can't attach to {front.url}: {error}") from error
     urls = parse_worker_urls(answer)
     if urls is None:
         raise ConnectError(
             f"{front.url} answers, but neither as an SGLang server nor as an SGLang router: "
-            f"GET /workers gave {str(answer)[:200]!r}."
+            f"GET /workers gave {str(answer)[:200]!r}.{path_hint(front.url)}"
         )
     if not urls:
         raise NoWorkersError(
@@ -253,7 +255,8 @@ def _asked(worker: ControlClient) -> _Answer:
     except (ConnectError, ServerFailedError, RequestTimeoutError) as error:
         return _Answer(error=error)
     except ServiceError as error:
-        raise ConnectError(f"can't attach to {worker.url}: {error}") from error
+        hint = path_hint(worker.url) if isinstance(error, RequestRefusedError) else ""
+        raise ConnectError(f"can't attach to {worker.url}: {error}.{hint}") from error
     info = parse_worker_info(worker.url, server_info, model_info, openapi)
     path = _model_folder(info.model_path, info.tokenizer_path)
     size, paused = _vocab_size(worker, path)

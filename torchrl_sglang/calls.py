@@ -20,7 +20,6 @@ from .gate import ServiceState, UpdateGate
 from .vocabulary import QUESTION
 
 CHECK_S = 5.0  # between two looks at the servers while calls are under way
-LOST_S = 0.5  # likewise at the children of this process
 SOON_S = 0.1
 ASK_S = 2.0  # how long a server that is not paused takes at most to refuse a request
 
@@ -68,7 +67,8 @@ class Calls:
         self._workers = workers
         self._timeouts = timeouts
         self._ends: set[End] = set()
-        self._watchers: list[asyncio.Task[None]] = []
+        self._watcher: asyncio.Task[None] | None = None
+        self._recovering: asyncio.Task[None] | None = None
 
     @contextlib.asynccontextmanager
     async def bounded(self, within_s: float) -> AsyncIterator[None]:
@@ -93,7 +93,7 @@ class Calls:
 
         try:
             async with asyncio.timeout(within_s) as scope:
-                await self._recovered()
+                await self.recovered()
                 with self._gate.in_flight(broken), self._watched(end):
                     yield
         except TimeoutError:
@@ -104,37 +104,32 @@ class Calls:
     @contextlib.contextmanager
     def _watched(self, end: End) -> Iterator[None]:
         self._ends.add(end)
-        if not self._watchers:
-            watches = self._watch_pauses(), self._watch_children()
-            self._watchers = [asyncio.create_task(watch) for watch in watches]
+        if self._watcher is None:
+            self._watcher = asyncio.create_task(self._watch())
         try:
             yield
         finally:
             self._ends.discard(end)
             if not self._ends:
-                for watcher in self._watchers:
-                    watcher.cancel()
-                self._watchers = []
+                self._watcher.cancel()
+                self._watcher = None
 
-    def _end_all(self, reason: ServiceError) -> None:
-        for end in tuple(self._ends):
-            end(reason)
+    async def recovered(self) -> bool:
+        """Whether nobody was there to answer, as far as this process sees, and now somebody is.
 
-    async def _recovered(self) -> None:
+        Raises:
+            ConnectError: nobody is; says who died, and how.
+        """
         # What a push finds dead it may be about to start again, and it says how that ends.
-        if self._gate.state is ServiceState.SYNCED and self._recovery.lost:
-            await asyncio.to_thread(self._recovery.recover)
+        if self._gate.state is not ServiceState.SYNCED or not self._recovery.lost:
+            return False
+        if self._recovering is None or self._recovering.done():
+            recovery = asyncio.to_thread(self._recovery.recover)
+            self._recovering = asyncio.create_task(recovery)
+        await asyncio.shield(self._recovering)
+        return True
 
-    async def _watch_children(self) -> None:
-        """Ends all calls once nobody is left to answer them."""
-        while True:
-            await asyncio.sleep(LOST_S)
-            try:
-                await self._recovered()
-            except ServiceError as error:
-                self._end_all(error)
-
-    async def _watch_pauses(self) -> None:
+    async def _watch(self) -> None:
         """Ends all calls once a server has been paused for too long."""
         clock, limit_s = asyncio.get_running_loop().time, self._timeouts.paused_s
         wait_s = often_s = min(CHECK_S, limit_s / 4)
@@ -145,7 +140,8 @@ class Calls:
             since = {url: since.get(url, asked_at) for url in await self._paused()}
             stuck = {url: clock() - at for url, at in since.items() if clock() - at >= limit_s}
             if stuck:
-                self._end_all(_stuck_error(stuck, limit_s))
+                for end in tuple(self._ends):
+                    end(_stuck_error(stuck, limit_s))
             due_s = min(since.values(), default=clock()) + limit_s - clock()
             wait_s = max(min(often_s, due_s - ASK_S), SOON_S)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,13 @@ from .client import ControlClient
 from .config import Device, ServerConfig, is_count
 from .errors import ConfigError, ServiceError
 from .info import parse_worker_urls
+from .launch.cores import divide_cores, usable_cores
 from .launch.fleet import Fleet, FleetPlan
 from .launch.server import check_extra_args
+
+# How the names of files begin or end that tokenizers are made of.
+TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+VOCABULARIES = (".model", ".tiktoken", ".bpe", ".gguf")
 
 GPUS_HELP = "AsyncSGLang divides cuda_devices among the replicas in order."
 
@@ -39,32 +45,24 @@ def plan_fleet(
         ConfigError: an argument is wrong, or the model's folder is.
     """
     check_model(server.model_path)
+    check_tokenizer(server.model_path, server.extra_args)
     check_extra_args(server.extra_args)
     if not is_count(num_replicas):
         raise ConfigError(f"num_replicas must be an integer >= 1, got {num_replicas!r}.")
     if ports is not None and (len(ports), len(set(ports))) != (num_replicas, num_replicas):
         raise ConfigError(f"server_ports needs {num_replicas} different ports, got {list(ports)}.")
+    cores = divide_cores(usable_cores(os.sched_getaffinity(0)), num_replicas, server.num_ranks)
     gpus = divide_gpus(cuda_devices, num_replicas, server.num_gpus, server.device)
     return tuple(
         replace(
             server,
             cuda_devices=gpus[index],
-            cpu_threads=cpu_threads(len(os.sched_getaffinity(0)), num_replicas),
+            cpu_threads=len(cores[index][0]),
+            cpu_cores=cores[index] if num_replicas * server.num_ranks > 1 else None,
             port=ports[index] if ports is not None else None,
         )
         for index in range(num_replicas)
     )
-
-
-def cpu_threads(num_cores: int, num_replicas: int) -> int:
-    """Threads that each CPU server computes with.
-
-    Threads of one computation wait for each other at every step. Where there are more of them than
-    cores, one always waits for its turn and all others spin: a 2-core machine with two servers of
-    two threads generates ten times slower than with one thread each. One core is left to the
-    router, the HTTP servers and the trainer.
-    """
-    return max(1, (num_cores - 1) // num_replicas)
 
 
 def check_model(model_name: str) -> None:
@@ -75,6 +73,21 @@ def check_model(model_name: str) -> None:
         raise ConfigError(f"there is no folder {model_name!r} to load a model from.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"the folder {model_name!r} has no config.json: it is no model.")
+
+
+def check_tokenizer(model_name: str, extra_args: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where the folder that the tokenizer is loaded from has none."""
+    name = extra_args.get("tokenizer_path") or model_name
+    folder = Path(str(name)).expanduser()
+    if extra_args.get("skip_tokenizer_init") or not folder.is_dir():
+        return
+    files = [path.name.lower() for path in folder.iterdir()]
+    if not any(each.startswith(TOKENIZER_FILES) or each.endswith(VOCABULARIES) for each in files):
+        raise ConfigError(
+            f"the folder {str(name)!r} has no tokenizer files: save the tokenizer there too "
+            "(tokenizer.save_pretrained), name another folder with tokenizer_path=, or serve token "
+            "ids alone with skip_tokenizer_init=True."
+        )
 
 
 def choose_device(device: str | None) -> Device:

@@ -26,6 +26,8 @@ from torchrl_sglang.errors import (
     StartTimeoutError,
 )
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "all_proxy")
+
 # A parent that starts a service and says so; what it does next decides its end.
 PARENT = """
 import sys, time
@@ -105,6 +107,8 @@ class Parents:
                     str(self._folder / name),
                     then,
                 ],
+                # Nothing answers there: it is for downloads, of which there are none.
+                env={**os.environ, **dict.fromkeys(PROXIES, "http://127.0.0.1:9")},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

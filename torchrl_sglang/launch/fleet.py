@@ -19,7 +19,7 @@ from ..errors import EngineNotFoundError, LaunchError, ProcessDiedError
 from .ports import PortReservation, wait_until_free
 from .process import ChildProcess, installed_version
 from .router import router_argv
-from .server import server_argv, server_env
+from .server import exempt_from_proxies, server_argv, server_env
 
 # A port that was free when reserved can still be refused; more often it is something else.
 PORT_ATTEMPTS = 3
@@ -235,7 +235,7 @@ class Fleet:
                 worker_urls=server_urls,
                 api_key=self._plan.servers[0].api_key,
             )
-            return self._spawn(ROUTER, argv, self._environ)
+            return self._spawn(ROUTER, argv, exempt_from_proxies(self._environ, config.host))
 
         def is_ready(url: str) -> bool:
             return self._router_ready(url, len(server_urls))

@@ -10,6 +10,10 @@ from typing import Any
 
 from ..config import ServerConfig
 from ..errors import ConfigError
+from .cores import binding
+
+NO_PROXY = ("no_proxy", "NO_PROXY")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 CPU_SERVE = Path(__file__).parent.parent / "cpu" / "serve.py"
 
@@ -155,6 +159,8 @@ def server_env(config: ServerConfig, base: Mapping[str, str]) -> dict[str, str]:
         env.setdefault(*NO_BALANCE_CHECK)
         if config.cpu_threads is not None:
             env.setdefault("OMP_NUM_THREADS", str(config.cpu_threads))
+        if config.cpu_cores is not None:
+            env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding(config.cpu_cores))
     else:
         if config.tp_size > 1:
             # A trainer that shares some of the GPUs leaves less on these.
@@ -164,7 +170,24 @@ def server_env(config: ServerConfig, base: Mapping[str, str]) -> dict[str, str]:
         env.setdefault("NCCL_CUMEM_ENABLE", "1")
         if config.cuda_devices is not None and _even_step(config.cuda_devices) is None:
             env["CUDA_VISIBLE_DEVICES"] = _visible(config.cuda_devices, base)
-    return {**env, **config.env}
+    return exempt_from_proxies({**env, **config.env}, config.host)
+
+
+def exempt_from_proxies(env: Mapping[str, str], host: str) -> dict[str, str]:
+    """An environment whose proxies, if there are any, are for downloads alone.
+
+    A server's first request is one to itself, and the router's are to servers.
+
+    Args:
+        env: the environment of a child.
+        host: what it listens on, beside loopback addresses.
+    """
+    if not any(value and name.lower().endswith("_proxy") for name, value in env.items()):
+        return dict(env)
+    # Who knows both spellings reads one of them alone: both say what either of them said.
+    given = [env.get(name, "").split(",") for name in NO_PROXY]
+    hosts = dict.fromkeys(word.strip() for word in [*itertools.chain(*given), *LOOPBACK, host])
+    return {**env, **dict.fromkeys(NO_PROXY, ",".join(filter(None, hosts)))}
 
 
 def _visible(devices: tuple[int, ...], base: Mapping[str, str]) -> str:
