@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,25 @@ import torch
 
 from .attach import Credentials, client_of
 from .client import ControlClient
-from .config import Device, ServerConfig, is_count
+from .config import Device, RouterConfig, ServerConfig, Timeouts, is_count
 from .errors import ConfigError, ServiceError
 from .info import parse_worker_urls
 from .launch.cores import divide_cores, usable_cores
 from .launch.fleet import Fleet, FleetPlan
 from .launch.server import check_extra_args
+
+SIZES = ("tp_size", "dp_size", "pp_size", "ep_size")
+# What `start_managed` takes that is no option of a server.
+START_OPTIONS = (
+    "num_replicas",
+    "device",
+    "cuda_devices",
+    "server_python",
+    "router",
+    "server_ports",
+    "log_dir",
+    "server_env",
+)
 
 # How the names of files begin or end that tokenizers are made of.
 TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")
@@ -129,6 +143,56 @@ def divide_gpus(
     if len(set(devices)) != len(devices):
         raise ConfigError(f"cuda_devices names a GPU twice: {list(devices)}.")
     return [devices[i * per_replica : (i + 1) * per_replica] for i in range(num_replicas)]
+
+
+def check_way(server_url: str | None, model_path: str | None, start: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` unless a service is either attached to something or started."""
+    if "timeout" in start:
+        raise ConfigError("timeout= is no option: pass timeouts=Timeouts(request_s=seconds).")
+    if (server_url is None) == (model_path is None):
+        given = "both are" if model_path is not None else "none is"
+        raise ConfigError(
+            "AsyncSGLang attaches to what runs at server_url=, or starts servers for model_path=; "
+            f"{given} given."
+        )
+    if server_url is not None and start:
+        raise ConfigError(
+            f"{', '.join(sorted(start))}: these are for servers that are started here, with "
+            f"model_path=; what runs at {server_url} has its own."
+        )
+
+
+def start_managed(
+    model_path: str, keys: Credentials, timeouts: Timeouts, options: Mapping[str, Any]
+) -> Fleet:
+    """Starts servers and their router; options and errors as `AsyncSGLang.from_pretrained` has."""
+    given = {"num_replicas": 1, **options}
+    own = {name: given.pop(name) for name in START_OPTIONS if name in given}
+    sizes = {name: given.pop(name) for name in SIZES if name in given}
+    server = ServerConfig(
+        model_path=model_path,
+        device=choose_device(own.get("device")),
+        api_key=keys.api_key,
+        admin_api_key=keys.admin_api_key,
+        env=own.get("server_env") or {},
+        extra_args=given,
+        **sizes,
+    )
+    servers = plan_fleet(
+        server,
+        num_replicas=own["num_replicas"],
+        cuda_devices=own.get("cuda_devices"),
+        ports=own.get("server_ports"),
+    )
+    log_dir = own.get("log_dir")
+    plan = FleetPlan(
+        servers=servers,
+        router=own.get("router") or RouterConfig(),
+        python=own.get("server_python") or sys.executable,
+        log_dir=Path(log_dir) if log_dir is not None else None,
+        timeouts=timeouts,
+    )
+    return start_fleet(plan, keys)
 
 
 def start_fleet(plan: FleetPlan, keys: Credentials) -> Fleet:

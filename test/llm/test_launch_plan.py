@@ -522,7 +522,7 @@ def test_free_ports_by_default(model: str) -> None:
         ({"num_replicas": 2, "ports": [3000, 3000]}, "server_ports needs 2 different ports"),
         ({"num_replicas": 2, "ports": [3000, 3001, 3001]}, "server_ports needs 2 different"),
         ({"server": {"extra_args": {"port": 1}}}, "server_ports="),
-        ({"server": {"extra_args": {"tensor_parallel_size": 2}}}, "tp_size="),
+        ({"server": {"extra_args": {"tp_size": 2}}}, "tp_size="),
         ({"cuda_devices": [0, 1]}, "1 replicas of 1 GPUs"),
     ],
     ids=str,

@@ -8,16 +8,18 @@ import logging
 import os
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..config import RouterConfig, ServerConfig, Timeouts
 from ..errors import EngineNotFoundError, LaunchError, ProcessDiedError
+from .options import KnownOptions
 from .ports import PortReservation, wait_until_free
-from .process import ChildProcess, installed_version
+from .process import ChildProcess, installed_version, known_options
 from .router import router_argv
 from .server import exempt_from_proxies, server_argv, server_env
 
@@ -74,9 +76,11 @@ class Fleet:
             router_ready: asks the router's URL whether it has so many servers.
 
         Raises:
+            UnsupportedOptionError: an option that what is installed does not have.
             LaunchError: something did not start; everything else was ended again.
         """
-        self._plan = plan
+        self.router_version = _check_installed(plan.python)
+        self._plan = plan = _with_known_options(plan)
         self._server_ready = server_ready
         self._router_ready = router_ready
         self._children: list[ChildProcess] = []
@@ -86,7 +90,6 @@ class Fleet:
         self._reviving = threading.Lock()
         self.log_dir = plan.log_dir or Path(tempfile.mkdtemp(prefix="torchrl_sglang_"))
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        self.router_version = self._check_installed()
         try:
             self.server_urls = self._start_servers()
             self.router_url = self._start_router(self.server_urls)
@@ -97,22 +100,6 @@ class Fleet:
     @property
     def _indices(self) -> range:
         return range(len(self._plan.servers))
-
-    def _check_installed(self) -> str:
-        """The router's version; raises `EngineNotFoundError` where something is missing."""
-        versions = {
-            name: installed_version(self._plan.python, name) for name in ("sglang", "sglang-router")
-        }
-        for name, version in versions.items():
-            if version is None:
-                raise EngineNotFoundError(
-                    f"a managed start needs {name}, which {self._plan.python} does not have. "
-                    "Install it there (GPU: pip install 'torchrl-sglang[sglang]'; CPU: the pinned "
-                    "lists in requirements/, which `make env` installs), name an environment that "
-                    "has it with server_python=, or attach to a running server with "
-                    "AsyncSGLang.connect(url)."
-                )
-        return str(versions["sglang-router"])
 
     def _start_servers(self) -> list[str]:
         with ThreadPoolExecutor(len(self._plan.servers)) as pool:
@@ -171,8 +158,9 @@ class Fleet:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nobody can be served: the router ended, or every server did."""
-        return ROUTER not in self._living or not self.living_urls
+        """Whether nobody can be served: the router ended and isn't back yet, or every server did."""
+        router_lives = ROUTER in self._living and not self._reviving.locked()
+        return not (router_lives and self.living_urls)
 
     @property
     def living_urls(self) -> list[str]:
@@ -312,6 +300,35 @@ def told(ended: Sequence[ChildProcess]) -> str:
         f"{f': {cause}' if (cause := child.cause()) else ''} (its log: {child.log_path})."
         for child in ended
     )
+
+
+def _check_installed(python: str) -> str:
+    """The router's version; raises `EngineNotFoundError` where something is missing."""
+    versions = {name: installed_version(python, name) for name in ("sglang", "sglang-router")}
+    for name, version in versions.items():
+        if version is None:
+            raise EngineNotFoundError(
+                f"a managed start needs {name}, which {python} does not have. "
+                "Install it there (GPU: pip install 'torchrl-sglang[sglang]'; CPU: the pinned "
+                "lists in requirements/, which `make env` installs), name an environment that "
+                "has it with server_python=, or attach to a running server with "
+                "AsyncSGLang.connect(url)."
+            )
+    return str(versions["sglang-router"])
+
+
+def _with_known_options(plan: FleetPlan) -> FleetPlan:
+    """The plan in the words of what is installed; refuses options that it does not have.
+
+    Else a server would say so half a minute later, and the router after all servers had started.
+    """
+    known = defaultdict(KnownOptions, known_options(plan.python))
+    servers = tuple(
+        replace(server, extra_args=known["sglang"].checked(server.extra_args, "SGLang's server"))
+        for server in plan.servers
+    )
+    of_router = known["sglang_router"].checked(plan.router.extra_args, "sglang-router")
+    return replace(plan, servers=servers, router=replace(plan.router, extra_args=of_router))
 
 
 def _server_name(index: int) -> str:

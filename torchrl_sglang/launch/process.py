@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -15,8 +16,10 @@ from types import TracebackType
 
 from ..errors import LaunchError, ProcessDiedError, StartTimeoutError
 from .guard import kill_session, session_members
+from .options import KnownOptions
 
 GUARD = Path(__file__).with_name("guard.py")
+PROBE = Path(__file__).with_name("probe.py")
 SECRET_OPTIONS = ("--api-key", "--admin-api-key")
 POLL_S = 0.1
 KILLED_S = 30.0  # how long a killed process may take to give its memory back
@@ -207,3 +210,22 @@ def installed_version(python: str, distribution: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return probe.stdout.strip() if probe.returncode == 0 else None
+
+
+def known_options(python: str) -> dict[str, KnownOptions]:
+    """The options of SGLang and of its router, by package, in ``python``'s environment.
+
+    Nothing is known of what can't be found out: it lets everything pass.
+    """
+    command = [python, "-c", PROBE.read_text()]
+    try:
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=True)
+        found = json.loads(probe.stdout)
+        return {
+            package: KnownOptions(
+                names=frozenset(said["options"]), negatable=frozenset(said["negatable"])
+            )
+            for package, said in found.items()
+        }
+    except (OSError, subprocess.SubprocessError, ValueError, AttributeError):
+        return {}

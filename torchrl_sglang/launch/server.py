@@ -39,15 +39,12 @@ CPU_LORA_DEFAULTS: dict[str, Any] = {"lora_backend": "torch_native"}
 # Options that have an argument of their own; a second value through extra_args would be ambiguous.
 OWN_OPTIONS = {
     "model_path": "model_name",
+    "model": "model_name",
     "device": "device",
     "tp_size": "tp_size",
-    "tensor_parallel_size": "tp_size",
     "dp_size": "dp_size",
-    "data_parallel_size": "dp_size",
     "pp_size": "pp_size",
-    "pipeline_parallel_size": "pp_size",
     "ep_size": "ep_size",
-    "expert_parallel_size": "ep_size",
     "host": "host",
     "port": "server_ports",
     "api_key": "api_key",
