@@ -13,8 +13,9 @@ import pytest
 from servers import SERVER_PYTHON
 from test_launch import descendants
 
-from torchrl_sglang import AsyncSGLang, RouterConfig
-from torchrl_sglang.errors import ConfigError, UnsupportedOptionError
+from torchrl_sglang import AsyncSGLang, RouterConfig, Timeouts
+from torchrl_sglang.errors import ConfigError, LaunchError, UnsupportedOptionError
+from torchrl_sglang.launch.fleet import FleetPlan
 from torchrl_sglang.launch.options import SYNONYMS, KnownOptions, in_our_words
 from torchrl_sglang.launch.process import known_options
 from torchrl_sglang.launch.server import CPU_SERVE
@@ -203,3 +204,49 @@ def test_a_service_is_attached_or_started(given: dict[str, Any], says: str) -> N
 def test_its_sizes_are_attributes(service: AsyncSGLang) -> None:
     sizes = (service.tp_size, service.dp_size, service.pp_size, service.ep_size)
     assert sizes == (service.get_tp_size(), service.get_dp_size(), 1, 1) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("way", [AsyncSGLang.from_pretrained, AsyncSGLang])
+def test_what_is_started(model_path: Path, monkeypatch: pytest.MonkeyPatch, way: Any) -> None:
+    """The same by TorchRL's constructor, in vLLM's words and with every argument."""
+    plans: list[FleetPlan] = []
+
+    def start(plan: FleetPlan, keys: Any) -> Any:
+        plans.append(plan)
+        raise LaunchError("enough")
+
+    monkeypatch.setattr("torchrl_sglang.start.start_fleet", start)
+    name = "model_path" if way is AsyncSGLang else "model_name"
+    with pytest.raises(LaunchError, match="enough"):
+        way(
+            **{name: str(model_path)},
+            tensor_parallel_size=2,
+            dp_size=3,
+            max_model_len=64,
+            num_replicas=2,
+            device="cpu",
+            server_ports=[30001, 30002],
+            server_python="/py",
+            server_env={"A": "b"},
+            router=RouterConfig(policy="random"),
+            api_key="k",
+            log_dir="/logs",
+            timeouts=Timeouts(start_s=7.0),
+        )
+    [plan] = plans
+    assert (plan.python, plan.log_dir, plan.timeouts.start_s) == ("/py", Path("/logs"), 7.0)
+    assert plan.router.policy == "random"
+    assert [server.port for server in plan.servers] == [30001, 30002]
+    for server in plan.servers:
+        assert (server.tp_size, server.dp_size, server.pp_size, server.ep_size) == (2, 3, 1, 1)
+        assert dict(server.extra_args) == {"context_length": 64}
+        assert (dict(server.env), server.api_key, server.device) == ({"A": "b"}, "k", "cpu")
+        assert server.admin_api_key  # a random one
+
+
+def test_gpus_by_the_name_that_torchrl_has_for_them(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in ({"devices": [0]}, {"cuda_devices": [0]}):
+        with pytest.raises(ConfigError, match="cuda_devices is given with device='cpu'"):
+            AsyncSGLang.from_pretrained(str(model_path), device="cpu", **given)

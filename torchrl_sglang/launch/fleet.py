@@ -158,7 +158,7 @@ class Fleet:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nobody can be served: the router ended and isn't back yet, or every server did."""
+        """Whether nobody can be served: the router ended and isn't back, or every server did."""
         router_lives = ROUTER in self._living and not self._reviving.locked()
         return not (router_lives and self.living_urls)
 

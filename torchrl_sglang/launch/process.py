@@ -227,5 +227,5 @@ def known_options(python: str) -> dict[str, KnownOptions]:
             )
             for package, said in found.items()
         }
-    except (OSError, subprocess.SubprocessError, ValueError, AttributeError):
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError, AttributeError):
         return {}
