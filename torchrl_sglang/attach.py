@@ -5,15 +5,23 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from .client import ControlClient
+from .client import ControlClient, path_hint
 from .config import Timeouts
-from .errors import ConnectError, NoWorkersError, RequestRefusedError, ServiceError
+from .errors import (
+    ConnectError,
+    NoWorkersError,
+    RequestRefusedError,
+    RequestTimeoutError,
+    ServerFailedError,
+    ServiceError,
+)
 from .info import WorkerInfo, parse_worker_info, parse_worker_urls
 from .vocabulary import QUESTION, configured_vocab_size, told_vocab_size
 
@@ -48,6 +56,8 @@ class Cluster:
         workers: a control client per server.
         infos: what each server says of itself, in the same order.
         router_version: version of the router, None where it does not say.
+        silent: URLs of the servers behind the router that did not answer, and so are left out.
+        paused: whether a server kept a request back when it was asked, as one that is paused does.
     """
 
     url: str
@@ -55,6 +65,8 @@ class Cluster:
     workers: tuple[ControlClient, ...]
     infos: tuple[WorkerInfo, ...]
     router_version: str | None = None
+    silent: tuple[str, ...] = ()
+    paused: bool = False
 
     def without(self, url: str) -> Self:
         """The cluster after one server has left."""
@@ -76,8 +88,18 @@ class Cluster:
         )
 
 
-def attach(url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
+def attach(
+    url: str, keys: Credentials, timeouts: Timeouts, known: Sequence[WorkerInfo] = ()
+) -> Cluster:
     """Asks a URL what it is, and every server behind it what it can do.
+
+    A server that does not answer is left out, with a warning, where others do.
+
+    Args:
+        url: of a router or a server.
+        keys: what they ask for.
+        timeouts: bounds on waiting.
+        known: servers that are members whether they answer or not, by what they said before.
 
     Raises:
         ConnectError: nothing answers there, or nothing that this library knows.
@@ -85,13 +107,49 @@ def attach(url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
     """
     front = client_of(url, keys, timeouts)
     urls = _worker_urls(front)
-    behind_router = urls is not None
     workers = tuple(client_of(u, keys, timeouts) for u in (urls or [front.url]))
-    infos = read_infos(workers)
+    answers = _ask(workers)
+    said = {info.url: info for info in known}
+    said |= {url: answer.info for url, answer in answers.items() if answer.info}
+    members = _members(url, workers, answers, said)
+    infos = tuple(said[worker.url] for worker in members)
     models = {info.model_path for info in infos}
     if len(models) > 1:
         raise ConnectError(f"the workers behind {url} serve different models: {sorted(models)}.")
-    return Cluster(url=front.url, behind_router=behind_router, workers=workers, infos=infos)
+    return Cluster(
+        url=front.url,
+        behind_router=urls is not None,
+        workers=members,
+        infos=infos,
+        silent=tuple(answers.keys() - said),
+        paused=any(answer.paused for answer in answers.values()),
+    )
+
+
+def _members(
+    url: str,
+    workers: Sequence[ControlClient],
+    answers: Mapping[str, _Answer],
+    said: Mapping[str, WorkerInfo],
+) -> tuple[ControlClient, ...]:
+    """The servers of which it is known what they are; warns of the others."""
+    members = tuple(worker for worker in workers if worker.url in said)
+    silent = {url: answer.error for url, answer in answers.items() if url not in said}
+    if not members:
+        raise ConnectError(f"can't attach to {url}: {_told(silent)}")
+    if silent:
+        warnings.warn(
+            f"{url} is used without those of its servers that don't answer: {_told(silent)}. Call "
+            "refresh() once they do. A push of weights takes those that it does not reach out of "
+            "the router.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return members
+
+
+def _told(errors: Mapping[str, ServiceError | None]) -> str:
+    return "; ".join(f"{url}: {error}" for url, error in errors.items())
 
 
 def remove_from_router(router: ControlClient, url: str) -> None:
@@ -128,10 +186,32 @@ def _wait_for_router(url: str, deadline: float) -> None:
     time.sleep(ROUTER_POLL_S)
 
 
-def read_infos(workers: Sequence[ControlClient]) -> tuple[WorkerInfo, ...]:
-    """Asks all servers at once; errors as in `attach`."""
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """What a server said of itself, or why it said nothing."""
+
+    info: WorkerInfo | None = None
+    error: ServiceError | None = None
+    paused: bool = False
+
+
+def _ask(workers: Sequence[ControlClient]) -> dict[str, _Answer]:
+    """Asks all servers at once; answers by URL, errors as in `attach`."""
     with ThreadPoolExecutor(max(1, len(workers))) as pool:
-        return tuple(pool.map(_read_info, workers))
+        answers = list(pool.map(_asked, workers))
+    return {worker.url: answer for worker, answer in zip(workers, answers, strict=True)}
+
+
+def read_info(worker: ControlClient) -> WorkerInfo:
+    """What a server says of itself.
+
+    Raises:
+        ConnectError: it does not answer, or as nothing that this library knows.
+    """
+    answer = _asked(worker)
+    if answer.info is None:
+        raise ConnectError(f"can't attach to {worker.url}: {answer.error}") from answer.error
+    return answer.info
 
 
 def client_of(url: str, keys: Credentials, timeouts: Timeouts) -> ControlClient:
@@ -148,14 +228,16 @@ def _worker_urls(front: ControlClient) -> list[str] | None:
     except RequestRefusedError as error:
         if error.status in (404, 405):
             return None
-        raise ConnectError(f"can't list the workers of {front.url}: {error}") from error
+        raise ConnectError(
+            f"can't list the workers of {front.url}: {error}.{path_hint(front.url)}"
+        ) from error
     except ServiceError as error:
         raise ConnectError(f"can't attach to {front.url}: {error}") from error
     urls = parse_worker_urls(answer)
     if urls is None:
         raise ConnectError(
             f"{front.url} answers, but neither as an SGLang server nor as an SGLang router: "
-            f"GET /workers gave {str(answer)[:200]!r}."
+            f"GET /workers gave {str(answer)[:200]!r}.{path_hint(front.url)}"
         )
     if not urls:
         raise NoWorkersError(
@@ -165,20 +247,20 @@ def _worker_urls(front: ControlClient) -> list[str] | None:
     return urls
 
 
-def _read_info(worker: ControlClient) -> WorkerInfo:
+def _asked(worker: ControlClient) -> _Answer:
     try:
-        info = parse_worker_info(
-            worker.url,
-            server_info=_first_known(worker, "/server_info", "/get_server_info"),
-            model_info=_first_known(worker, "/model_info", "/get_model_info"),
-            openapi=worker.get("/openapi.json"),
-        )
-    except ConnectError:
-        raise
+        server_info = _first_known(worker, "/server_info", "/get_server_info")
+        model_info = _first_known(worker, "/model_info", "/get_model_info")
+        openapi = worker.get("/openapi.json")
+    except (ConnectError, ServerFailedError, RequestTimeoutError) as error:
+        return _Answer(error=error)
     except ServiceError as error:
-        raise ConnectError(f"can't attach to {worker.url}: {error}") from error
+        hint = path_hint(worker.url) if isinstance(error, RequestRefusedError) else ""
+        raise ConnectError(f"can't attach to {worker.url}: {error}.{hint}") from error
+    info = parse_worker_info(worker.url, server_info, model_info, openapi)
     path = _model_folder(info.model_path, info.tokenizer_path)
-    return replace(info, model_path=path, vocab_size=_vocab_size(worker, path))
+    size, paused = _vocab_size(worker, path)
+    return _Answer(info=replace(info, model_path=path, vocab_size=size), paused=paused)
 
 
 def _model_folder(model_path: str, tokenizer_path: str) -> str:
@@ -193,26 +275,28 @@ def _model_folder(model_path: str, tokenizer_path: str) -> str:
     )
 
 
-def _vocab_size(worker: ControlClient, model_path: str) -> int | None:
-    """Asks a server; where it does not say, the model's folder, if it is on this machine."""
-    size = None
+def _vocab_size(worker: ControlClient, model_path: str) -> tuple[int | None, bool]:
+    """Asks a server; where it does not say, the model's folder, if it is on this machine.
+
+    And whether it kept its answer back, as it does while it is paused.
+    """
+    size, paused = None, False
     try:
         worker.post("/generate", QUESTION, timeout_s=PAUSED_S)
     except RequestRefusedError as error:
         size = told_vocab_size(error.body)
+    except RequestTimeoutError:
+        paused = True  # it answered until now
     except ServiceError:
-        pass  # what answered until now may be paused
-    return size or configured_vocab_size(Path(model_path) / "config.json")
+        pass
+    return size or configured_vocab_size(Path(model_path) / "config.json"), paused
 
 
-def _first_known(worker: ControlClient, path: str, old_path: str) -> dict[str, object]:
+def _first_known(worker: ControlClient, path: str, old_path: str) -> Any:
     """GETs a route by its present name, or by the one that older servers know."""
     try:
-        answer = worker.get(path)
+        return worker.get(path)
     except RequestRefusedError as error:
         if error.status != 404:
             raise
-        answer = worker.get(old_path)
-    if not isinstance(answer, dict):
-        raise ConnectError(f"{worker.url}{path} gave {str(answer)[:200]!r} instead of an object.")
-    return answer
+    return worker.get(old_path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from .client import ControlClient
 from .config import Timeouts
@@ -19,9 +20,25 @@ from .gate import ServiceState, UpdateGate
 from .vocabulary import QUESTION
 
 CHECK_S = 5.0  # between two looks at the servers while calls are under way
+SOON_S = 0.1
 ASK_S = 2.0  # how long a server that is not paused takes at most to refuse a request
 
 End = Callable[[ServiceError], None]
+
+
+class Recovery(Protocol):
+    """Sees to it that there is somebody to answer."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody answers; must be quick."""
+
+    def recover(self) -> None:
+        """Mends that, which may take a while.
+
+        Raises:
+            ServiceError: it can't.
+        """
 
 
 class Calls:
@@ -35,16 +52,23 @@ class Calls:
         gate: tells of this process's pushes.
         workers: the servers.
         timeouts: bounds on waiting.
+        recovery: what to do about servers or a router of this process that died.
     """
 
     def __init__(
-        self, gate: UpdateGate, workers: Callable[[], Sequence[ControlClient]], timeouts: Timeouts
+        self,
+        gate: UpdateGate,
+        workers: Callable[[], Sequence[ControlClient]],
+        timeouts: Timeouts,
+        recovery: Recovery,
     ) -> None:
+        self._recovery = recovery
         self._gate = gate
         self._workers = workers
         self._timeouts = timeouts
         self._ends: set[End] = set()
         self._watcher: asyncio.Task[None] | None = None
+        self._recovering: asyncio.Task[None] | None = None
 
     @contextlib.asynccontextmanager
     async def bounded(self, within_s: float) -> AsyncIterator[None]:
@@ -54,6 +78,7 @@ class Calls:
             TimeoutError: it took longer than ``within_s``.
             ServiceBrokenError: a push failed meanwhile.
             RequestTimeoutError: servers stay paused.
+            ConnectError: the router, or every server, of this process died and stays dead.
         """
         loop, reasons = asyncio.get_running_loop(), list[ServiceError]()
 
@@ -68,6 +93,7 @@ class Calls:
 
         try:
             async with asyncio.timeout(within_s) as scope:
+                await self.recovered()
                 with self._gate.in_flight(broken), self._watched(end):
                     yield
         except TimeoutError:
@@ -88,18 +114,36 @@ class Calls:
                 self._watcher.cancel()
                 self._watcher = None
 
+    async def recovered(self) -> bool:
+        """Whether nobody was there to answer, as far as this process sees, and now somebody is.
+
+        Raises:
+            ConnectError: nobody is; says who died, and how.
+        """
+        # What a push finds dead it may be about to start again, and it says how that ends.
+        if self._gate.state is not ServiceState.SYNCED or not self._recovery.lost:
+            return False
+        if self._recovering is None or self._recovering.done():
+            recovery = asyncio.to_thread(self._recovery.recover)
+            self._recovering = asyncio.create_task(recovery)
+        await asyncio.shield(self._recovering)
+        return True
+
     async def _watch(self) -> None:
         """Ends all calls once a server has been paused for too long."""
         clock, limit_s = asyncio.get_running_loop().time, self._timeouts.paused_s
+        wait_s = often_s = min(CHECK_S, limit_s / 4)
         since: dict[str, float] = {}
         while True:
-            await asyncio.sleep(min(CHECK_S, limit_s / 4))
-            paused = await self._paused()
-            since = {url: since.get(url, clock()) for url in paused}
-            stuck = [url for url, start in since.items() if clock() - start >= limit_s]
+            await asyncio.sleep(wait_s)
+            asked_at = clock()  # who is paused keeps the answer from then on
+            since = {url: since.get(url, asked_at) for url in await self._paused()}
+            stuck = {url: clock() - at for url, at in since.items() if clock() - at >= limit_s}
             if stuck:
                 for end in tuple(self._ends):
                     end(_stuck_error(stuck, limit_s))
+            due_s = min(since.values(), default=clock()) + limit_s - clock()
+            wait_s = max(min(often_s, due_s - ASK_S), SOON_S)
 
     async def _paused(self) -> list[str]:
         """The servers that are paused, but not by a push of this process, which is bounded."""
@@ -137,10 +181,10 @@ def is_paused(worker: ControlClient) -> bool:
     return False
 
 
-def _stuck_error(urls: Sequence[str], paused_s: float) -> RequestTimeoutError:
+def _stuck_error(stuck_s: Mapping[str, float], limit_s: float) -> RequestTimeoutError:
     return RequestTimeoutError(
-        f"servers have been paused for {paused_s:g} s (Timeouts.paused_s) and answer nothing: "
-        f"{', '.join(urls)}. Another process pushes weights to them, or its push failed, or it is "
-        "gone. A push of the whole model lets them go on; for pushes that take longer, raise "
-        "Timeouts.paused_s."
+        f"servers have been paused for {max(stuck_s.values()):.1f} s and answer nothing: "
+        f"{', '.join(stuck_s)}. Another process pushes weights to them, or its push failed, or it "
+        "is gone. A push of the whole model lets them go on; for pushes that take longer, raise "
+        f"Timeouts.paused_s ({limit_s:g} s)."
     )

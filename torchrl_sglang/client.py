@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import requests
 
@@ -49,17 +49,41 @@ ADMIN_ROUTES = (
 
 
 def normalise_url(url: str) -> str:
-    """Checks a base URL and takes the trailing slash off.
+    """Checks a base URL and takes trailing slashes off; a path in it is kept.
 
     Raises:
-        ConfigError: not an http(s) URL.
+        ConfigError: not an http(s) URL, or one with more than a host, a port and a path.
     """
     if not isinstance(url, str):
         raise ConfigError(f"a server URL is a string such as 'http://host:30000', got {url!r}.")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{url!r} is not a server URL; write it like 'http://host:30000'.")
-    return url.rstrip("/")
+    if parts.query or parts.fragment or not _has_port_or_none(parts):
+        raise ConfigError(
+            f"{url!r} is not a server URL: after the host come at most a port below 65536 and a "
+            "path; write it like 'http://host:30000'."
+        )
+    return url.strip().rstrip("/")
+
+
+def _has_port_or_none(parts: SplitResult) -> bool:
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+
+
+def path_hint(url: str) -> str:
+    """What to say where a URL with a path is answered as if nothing were there; else nothing."""
+    parts = urlsplit(url)
+    if not parts.path:
+        return ""
+    base = f"{parts.scheme}://{parts.netloc}"
+    return (
+        f" The URL has the path {parts.path!r}: routes are added here, so leave it out and pass "
+        f"{base!r}, unless a gateway serves SGLang under that path."
+    )
 
 
 def bearer(key: str | None) -> dict[str, str]:

@@ -49,7 +49,10 @@ class ServerConfig:
         host: the address to listen on.
         api_key: key for generate and info routes; None: no key.
         admin_api_key: key for control routes; None: no key.
-        cpu_threads: threads that compute, on CPU; None leaves them to torch (all cores).
+        cpu_threads: threads that each rank computes with, on CPU; None leaves them to torch (all
+            cores).
+        cpu_cores: the cores of each rank, on CPU; None leaves the choice to SGLang, which gives
+            each rank a NUMA node.
         env: variables for the server's environment, on top of this process's.
         extra_args: further ``sglang.launch_server`` options, ``{"mem_fraction_static": 0.8}``;
             True is a bare flag, False or None leaves the option out.
@@ -67,6 +70,7 @@ class ServerConfig:
     api_key: str | None = None
     admin_api_key: str | None = None
     cpu_threads: int | None = None
+    cpu_cores: tuple[tuple[int, ...], ...] | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     extra_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,6 +98,11 @@ class ServerConfig:
         """GPUs that one server occupies; DP attention shares the TP ranks' GPUs."""
         shared = bool(self.extra_args.get("enable_dp_attention"))
         return self.tp_size * self.pp_size * (1 if shared else self.dp_size)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of one server that compute, as many as it would have GPUs."""
+        return self.num_gpus
 
 
 @dataclass(frozen=True, kw_only=True)

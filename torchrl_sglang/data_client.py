@@ -88,6 +88,7 @@ class DataClient:
             RequestTimeoutError: not all answered within ``Timeouts.request_s``, or servers stay
                 paused.
             ServiceBrokenError: a push failed before all were answered.
+            ConnectError: what this process had started is dead, and stays so.
             ServiceError: the first request that failed, with a note on which prompt it was; the
                 others are cancelled, which aborts them on the server.
         """
@@ -212,6 +213,8 @@ class DataClient:
                         at = f"prompt {batch.position(index)} of the batch, attempt {attempt}"
                         error.add_note(at)
                         raise
+                if await self._calls.recovered():
+                    give_up = None
                 await asyncio.sleep(backoff)
                 request = replace(request, rid=f"{first_rid}-{attempt}")
                 attempt += 1

@@ -100,14 +100,19 @@ class ProcessDiedError(LaunchError):
         argv: its command line, keys replaced by ``***``.
         exit_code: its exit code; negative is the number of the signal that ended it.
         log_tail: the last lines that it logged.
+        cause: what it said of the reason; empty where it said nothing.
     """
 
-    def __init__(self, name: str, argv: Sequence[str], exit_code: int, log_tail: str) -> None:
+    def __init__(
+        self, name: str, argv: Sequence[str], exit_code: int, log_tail: str, cause: str = ""
+    ) -> None:
         self.argv = tuple(argv)
         self.exit_code = exit_code
         self.log_tail = log_tail
+        self.cause = cause
         super().__init__(
-            f"{name} ended with exit code {exit_code} before it was ready.\n"
+            f"{name} ended with exit code {exit_code} before it was ready"
+            f"{f': {cause}' if cause else '.'}\n"
             f"command: {' '.join(argv)}\nlast log lines:\n{log_tail}"
         )
 

@@ -23,6 +23,11 @@ from .errors import (
 POSTING_S = 5.0
 
 
+def told(error: BaseException | None) -> str:
+    """What an error says, or what it is: Ctrl-C says nothing."""
+    return str(error) or type(error).__name__
+
+
 class ServiceState(enum.Enum):
     """What a service's servers run.
 
@@ -121,7 +126,7 @@ class UpdateGate:
     def _broken(self, what: str) -> ServiceBrokenError:
         error = ServiceBrokenError(
             f"{what}, so the servers may hold a mixture of weights and stay paused; push the whole "
-            f"model again to repair them. It failed with: {self.failure}"
+            f"model again to repair them. It failed with: {told(self.failure)}"
         )
         error.__cause__ = self.failure
         return error

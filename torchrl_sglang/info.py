@@ -63,7 +63,7 @@ class WorkerInfo:
         model_type: the ``model_type`` of the model's config; None if the server does not say.
         dtype: ``"auto"`` (the config's own) or a torch name such as ``"bfloat16"``.
         device: ``"cpu"``, ``"cuda"``, ...
-        tp_size, dp_size, pp_size: its ranks.
+        tp_size, dp_size, pp_size, ep_size: its ranks; the last adds none.
         dp_attention: data parallelism happens inside the TP ranks.
         max_prompt_tokens: longest prompt that it takes; None if it does not say.
         weight_version: version of the weights that it runs.
@@ -92,6 +92,7 @@ class WorkerInfo:
     features: Features = field(default_factory=Features)
     vocab_size: int | None = None
     quantization: str | None = None
+    ep_size: int = 1
     gpus: tuple[int, ...] = ()
 
     @property
@@ -146,6 +147,7 @@ def parse_worker_info(
             weight_version=str(model_info.get("weight_version", INITIAL_VERSION)),
             version=str(server_info.get("version", "unknown")),
             quantization=server_info.get("quantization"),
+            ep_size=int(server_info.get("ep_size") or 1),
             gpus=_gpus(server_info),
             capabilities=parse_capabilities(openapi),
             features=parse_features(

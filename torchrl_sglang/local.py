@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 
 from .adapter_versions import AdapterVersions
 from .adapters import Adapters
 from .attach import Cluster, Credentials, attach
 from .background import BackgroundLoop
-from .calls import Calls
+from .calls import Calls, is_paused
 from .client import ControlClient
 from .config import Timeouts
 from .data_client import DataClient
-from .errors import ServiceClosedError
+from .errors import ConnectError, LaunchError, NoWorkersError, ServiceClosedError
 from .gate import UpdateGate
-from .launch.fleet import Fleet
+from .launch.fleet import Fleet, told
 from .sessions import Sessions
 
 
@@ -32,6 +33,7 @@ class LocalResources:
         cluster: what answers at the URL, once it was asked.
         sessions: that this process opened.
         unrouted: URLs of servers that were started again and are not behind the router yet.
+        stale: whether the cluster is to be asked again, on the next use.
         refresh_later: whether the cluster is to be asked again once all are.
         changing: held by what starts servers again, or gives them weights.
         seen_version: the highest version that a server was seen with, or was given.
@@ -47,6 +49,7 @@ class LocalResources:
         self.cluster: Cluster | None = None
         self.sessions = Sessions()
         self.unrouted: set[str] = set()
+        self.stale = False
         self.refresh_later = False
         self.changing = threading.RLock()
         self.seen_version = 0
@@ -69,16 +72,73 @@ class LocalResources:
         self.seen_version = max([self.seen_version, *numbers])
 
     def attached(self, url: str, keys: Credentials, timeouts: Timeouts) -> Cluster:
-        """The cluster behind ``url``, asked for once."""
+        """The cluster behind ``url``, asked for once, and anew where it is stale.
+
+        Servers that this process started stay members when they are dead: they can be restarted.
+        """
         with self.lock:
-            if self.cluster is None:
-                self.cluster = attach(url, keys, timeouts)
+            known = self.cluster.infos if self.cluster and self.fleet else ()
+            if self.cluster is None or (self.stale and not self._all_dead):
+                if self.lost:
+                    self.recover()
+                self.cluster = attach(url, keys, timeouts, known)
+            self.stale = False
             return self.cluster
+
+    @property
+    def _all_dead(self) -> bool:
+        return self.fleet is not None and not self.fleet.living_urls
+
+    def still_paused(self) -> bool:
+        """Whether servers that were paused when they were attached to still are: asks them."""
+        cluster = self.cluster
+        if cluster is None or not cluster.paused or self.pushed_version is not None:
+            return False
+        if any(is_paused(worker) for worker in cluster.workers):
+            return True
+        with self.lock:
+            if self.cluster is cluster:
+                self.cluster = replace(cluster, paused=False)
+        return False
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody can be served, as far as this process can see: asks its children only."""
+        fleet = self.fleet
+        return fleet is not None and fleet.has_ended
+
+    def recover(self) -> None:
+        """Starts the router again if it died.
+
+        Raises:
+            ConnectError: it does not start, or no server lives; says what died, and how.
+        """
+        fleet = self.fleet
+        if fleet is None:
+            return
+        living = fleet.living_urls
+        if not living:
+            said = told(fleet.ended())
+            raise NoWorkersError(
+                f"no server lives any more: {said or 'they were ended here.'} "
+                "restart_workers(service.managed_urls), or a push of the whole model, starts them."
+            )
+        members = {worker.url for worker in self._known_workers()} - self.unrouted
+        try:
+            fleet.revive_router([url for url in living if url in members])
+        except LaunchError as error:
+            raise ConnectError(f"nothing answers at the service's URL: {error}") from error
+
+    def living(self, workers: tuple[ControlClient, ...]) -> tuple[ControlClient, ...]:
+        """Those of the workers that are not known to be dead; all of them if every one is."""
+        fleet = self.fleet
+        dead = () if fleet is None else {*fleet.server_urls} - {*fleet.living_urls}
+        return tuple(worker for worker in workers if worker.url not in dead) or workers
 
     def adapters(self, workers: tuple[ControlClient, ...]) -> Adapters:
         """The adapters of these servers; what it was told lately is kept between calls."""
         with self.lock:
-            if self._adapters is None or self._adapters[0] is not workers:
+            if self._adapters is None or self._adapters[0] != workers:
                 self._adapters = (workers, Adapters(workers, self._versions))
             return self._adapters[1]
 
@@ -91,7 +151,7 @@ class LocalResources:
                 raise ServiceClosedError("the service was shut down.")
             if self._loop is None or self._data is None:
                 self._loop = BackgroundLoop("torchrl_sglang")
-                calls = Calls(self.gate, self._known_workers, timeouts)
+                calls = Calls(self.gate, self._known_workers, timeouts, self)
                 self._data = DataClient(url, api_key=api_key, timeouts=timeouts, calls=calls)
             return self._loop, self._data
 

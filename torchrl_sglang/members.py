@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .attach import Cluster, Credentials, add_to_router, client_of, read_infos, remove_from_router
+from .attach import Cluster, Credentials, add_to_router, client_of, read_info, remove_from_router
 from .client import ControlClient
 from .config import Timeouts
 from .errors import ConfigError, EngineLostError, LaunchError, PushError, ServiceError
@@ -68,15 +68,16 @@ class Members(abc.ABC):
         return client_of(self.cluster.url, self._keys, self.timeouts)
 
     def refresh(self) -> None:
-        """Asks the router and the servers again: after workers joined or left.
+        """Asks the router and the servers again, on the next use: after workers joined or left.
 
+        A server that does not answer then is left out, with a warning, unless this object started
+        it: it can start it again.
         Where servers were started again that are not behind the router yet, this is done after the
         push that lets them join it.
         """
         with self._local.lock:
             self._local.refresh_later = bool(self._local.unrouted)
-            if not self._local.unrouted:
-                self._local.cluster = None
+            self._local.stale = not self._local.unrouted
 
     def drop_worker(self, url: str) -> None:
         """Goes on without one of several servers: the router no longer sends to it either.
@@ -170,7 +171,7 @@ class Members(abc.ABC):
         try:
             worker = start.result()  # bounded by what it waits for itself
             known = {info.url: info for info in self.cluster.infos}
-            info = known.get(url) or read_infos([worker])[0]
+            info = known.get(url) or read_info(worker)
         except (LaunchError, ServiceError) as error:
             failed = EngineLostError(f"it did not start again: {error}", step=RESTART, engine=url)
             failed.__cause__ = error
@@ -200,16 +201,22 @@ class Members(abc.ABC):
     def rejoin(self) -> None:
         """Has the router send to those again that were started again, now that they may answer.
 
+        And no more to those that did not answer when it was asked for its servers.
+
         Raises:
             PushError: the router does not take one.
         """
         held = self._local.unrouted & {worker.url for worker in self.cluster.workers}
         for url in held:
             try:
+                if self._local.lost:
+                    self._local.recover()
                 add_to_router(self._front, url, self._keys.api_key, self.timeouts.control_s)
             except ServiceError as error:
                 raise PushError(str(error), step=RESTART, engine=url) from error
             self._local.unrouted.discard(url)
+        for url in self.cluster.silent:
+            remove_from_router(self._front, url)  # it would come back with other weights
         if self._local.refresh_later:
             self.refresh()
 

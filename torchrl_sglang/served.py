@@ -43,6 +43,26 @@ class ServedModel(RLSGLangEngine):
         """Folder or hub name of the model, as the servers know it."""
         return self.info.model_path
 
+    @property
+    def tp_size(self) -> int:
+        """Tensor-parallel ranks per server."""
+        return self.info.tp_size
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks per server."""
+        return self.info.dp_size
+
+    @property
+    def pp_size(self) -> int:
+        """Pipeline-parallel ranks per server."""
+        return self.info.pp_size
+
+    @property
+    def ep_size(self) -> int:
+        """Expert-parallel ranks per server, which are among the others."""
+        return self.info.ep_size
+
     def get_tp_size(self) -> int:
         """Tensor-parallel ranks per server."""
         return self.info.tp_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,17 +12,18 @@ from typing import Any, Self
 from .adapters import Adapters
 from .attach import Cluster, Credentials
 from .background import BackgroundLoop
+from .client import ControlClient
 from .completions import INITIAL_VERSION
-from .config import RouterConfig, ServerConfig, Timeouts
+from .config import RouterConfig, Timeouts
 from .data_client import DataClient
 from .gate import ServiceState, UpdateGate
-from .launch.fleet import FleetPlan
+from .launch.options import in_our_words
 from .live import remember
 from .local import LocalResources
 from .members import Members
 from .sessions import Sessions
 from .shared_generation import SharedGeneration
-from .start import choose_device, plan_fleet, start_fleet
+from .start import check_way, start_managed
 
 
 class AsyncSGLang(Members, SharedGeneration):
@@ -36,27 +36,45 @@ class AsyncSGLang(Members, SharedGeneration):
 
     Args:
         server_url: URL of a running router or server; same as `connect`.
-        api_key: its API key.
-        admin_api_key: key of its control routes, where they have their own.
+        model_path: instead of it, folder or hub name of a model to serve; same as
+            `from_pretrained`.
+        api_key: API key of what runs at the URL, or of what is started.
+        admin_api_key: key of the control routes, where they have their own.
         timeouts: every bound on waiting.
+        **start: with ``model_path``, further arguments of `from_pretrained`.
 
     Raises:
-        ConnectError: nothing that is known answers there.
+        ConfigError: an argument is wrong; also where both, or none, of ``server_url`` and
+            ``model_path`` are given.
+        ConnectError: nothing that is known answers at the URL.
+        LaunchError: as in `from_pretrained`.
     """
 
     def __init__(
         self,
-        server_url: str,
+        server_url: str | None = None,
+        model_path: str | None = None,
         *,
         api_key: str | None = None,
         admin_api_key: str | None = None,
         timeouts: Timeouts | None = None,
+        **start: Any,
     ) -> None:
+        check_way(server_url, model_path, start)
         self.timeouts = timeouts or Timeouts()
         self._keys = Credentials(api_key=api_key, admin_api_key=admin_api_key)
-        self._url = server_url
-        self._set_local(LocalResources())
-        self.cluster  # noqa: B018  # attaches now, so that a wrong URL raises here
+        local = LocalResources()
+        if model_path is not None:
+            self._keys = Credentials.chosen(api_key, admin_api_key)
+            local.fleet = start_managed(model_path, self._keys, self.timeouts, in_our_words(start))
+            server_url = local.fleet.router_url
+        self._url = str(server_url)
+        try:
+            self._set_local(local)
+            self.cluster  # noqa: B018  # attaches now, so that a wrong URL raises here
+        except BaseException:
+            local.close()
+            raise
         remember(self)
 
     def _set_local(self, local: LocalResources) -> None:
@@ -127,50 +145,33 @@ class AsyncSGLang(Members, SharedGeneration):
             timeouts: every bound on waiting.
             server_env: variables for the servers' environment, on top of this process's.
             **server_args: further ``sglang.launch_server`` options, such as
-                ``mem_fraction_static=0.8``.
+                ``mem_fraction_static=0.8``; vLLM's names for them are understood too.
 
         Raises:
-            ConfigError: an argument is wrong, or the model's folder is.
+            ConfigError: an argument is wrong, or unknown to the installed SGLang, or the model's
+                folder is; nothing was started.
             LaunchError: something did not start; its argv, exit code and last log lines are in the
                 message, and nothing is left running.
         """
-        timeouts = timeouts or Timeouts()
-        keys = Credentials.chosen(api_key, admin_api_key)
-        server = ServerConfig(
-            model_path=model_name,
-            device=choose_device(device),
-            tp_size=tp_size,
-            dp_size=dp_size,
-            pp_size=pp_size,
-            ep_size=ep_size,
-            api_key=keys.api_key,
-            admin_api_key=keys.admin_api_key,
-            env=server_env or {},
-            extra_args=server_args,
-        )
-        servers = plan_fleet(
-            server, num_replicas=num_replicas, cuda_devices=cuda_devices, ports=server_ports
-        )
-        plan = FleetPlan(
-            servers=servers,
-            router=router or RouterConfig(),
-            python=server_python or sys.executable,
-            log_dir=Path(log_dir) if log_dir is not None else None,
+        sizes = {"tp_size": tp_size, "dp_size": dp_size, "pp_size": pp_size, "ep_size": ep_size}
+        given: dict[str, Any] = {name: size for name, size in sizes.items() if size != 1}
+        if cuda_devices is not None:
+            given["cuda_devices"] = cuda_devices
+        return cls(
+            model_path=model_name if model_name is not None else "",
+            num_replicas=num_replicas,
+            device=device,
+            server_python=server_python,
+            router=router,
+            server_ports=server_ports,
+            api_key=api_key,
+            admin_api_key=admin_api_key,
+            log_dir=log_dir,
             timeouts=timeouts,
+            server_env=server_env,
+            **given,
+            **server_args,
         )
-        fleet = start_fleet(plan, keys)
-        try:
-            service = cls(
-                fleet.router_url,
-                api_key=keys.api_key,
-                admin_api_key=keys.admin_api_key,
-                timeouts=timeouts,
-            )
-        except BaseException:
-            fleet.stop()
-            raise
-        service._local.fleet = fleet
-        return service
 
     def _data_plane(self) -> tuple[BackgroundLoop, DataClient]:
         return self._local.data_plane(self.server_url, self._keys.api_key, self.timeouts)
@@ -179,6 +180,11 @@ class AsyncSGLang(Members, SharedGeneration):
     def cluster(self) -> Cluster:
         """What answers at the URL; a copy in another process attaches here, on first use."""
         return self._local.attached(self._url, self._keys, self.timeouts)
+
+    @property
+    def workers(self) -> tuple[ControlClient, ...]:
+        """A control client per server, but for those started here that are dead by now."""
+        return self._local.living(self.cluster.workers)
 
     @property
     def sessions(self) -> Sessions:
@@ -202,8 +208,17 @@ class AsyncSGLang(Members, SharedGeneration):
 
     @property
     def state(self) -> ServiceState:
-        """Whether the servers run whole weights; see `ServiceState`."""
-        return self.gate.state
+        """Whether the servers run whole weights, and live; see `ServiceState`.
+
+        Where they were paused when this object attached to them, they are asked whether they still
+        are, which takes seconds then.
+        """
+        state = self.gate.state
+        if state is not ServiceState.SYNCED:
+            return state
+        if self._local.lost:
+            return ServiceState.BROKEN
+        return ServiceState.UPDATING if self._local.still_paused() else state
 
     @property
     def weight_version(self) -> str:

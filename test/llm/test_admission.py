@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -289,6 +290,26 @@ def test_requests_are_not_left_with_servers_that_stay_paused(
     assert proxy.url in str(caught.value)
     service.workers[0].post("/continue_generation")
     assert impatient.generate([5, 6], SAMPLING).output_ids
+
+
+def test_the_bound_of_a_pause_is_kept(service: AsyncSGLang, proxy: FaultProxy) -> None:
+    """It begins with the first look at a paused server, and the error says how long it was."""
+    keys, limit_s = service._keys, 6.0
+    service.workers[0].post("/pause_generation", {"mode": "retract"})
+    with AsyncSGLang.connect(
+        proxy.url,
+        api_key=keys.api_key,
+        admin_api_key=keys.admin_api_key,
+        timeouts=Timeouts(paused_s=limit_s),
+    ) as external:
+        begun = time.monotonic()
+        with pytest.raises(RequestTimeoutError, match=r"paused for .* \(6 s\)") as caught:
+            external.generate([5, 6], SAMPLING)
+        took = time.monotonic() - begun
+        service.workers[0].post("/continue_generation")
+    said = float(re.search(r"paused for (\S+) s", str(caught.value))[1])  # type: ignore[index]
+    assert limit_s <= said <= took
+    assert took < limit_s + limit_s / 4 + 2.0  # the first look, and some
 
 
 def test_a_pause_that_ends_in_time(service: AsyncSGLang, impatient: AsyncSGLang) -> None:

@@ -23,8 +23,6 @@ def replicated(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
         str(model_path),
         device="cpu",
         dp_size=2,
-        # Each replica computes with a core of its own.
-        server_env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
         timeouts=timeouts,
         **CPU_SERVER_ARGS,
     ) as service:

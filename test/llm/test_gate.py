@@ -210,3 +210,21 @@ def test_a_shutdown_is_no_failed_push(gate: UpdateGate) -> None:
         gate.close()
         gate.fail(OSError("cable"))
     assert not heard
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (KeyboardInterrupt(), "failed with: KeyboardInterrupt"),
+        (MemoryError(), "failed with: MemoryError"),
+        (RuntimeError("no room"), "failed with: no room"),
+    ],
+    ids=repr,
+)
+def test_what_broke_it_is_named(error: BaseException, says: str) -> None:
+    """Also where the error itself says nothing."""
+    gate = UpdateGate()
+    gate.begin()
+    gate.fail(error)
+    with pytest.raises(ServiceBrokenError, match=f"{says}$"):
+        gate.wait_until_open(1.0)

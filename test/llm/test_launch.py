@@ -26,6 +26,8 @@ from torchrl_sglang.errors import (
     StartTimeoutError,
 )
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "all_proxy")
+
 # A parent that starts a service and says so; what it does next decides its end.
 PARENT = """
 import sys, time
@@ -34,7 +36,6 @@ from torchrl_sglang import AsyncSGLang, Timeouts
 def main():
     service = AsyncSGLang.from_pretrained(
         sys.argv[1], device="cpu", log_dir=sys.argv[2], max_total_tokens=4096,
-        mem_fraction_static=0.5,  # the next one takes memory while this one measures what is free
         timeouts=Timeouts(start_s=240.0, stop_s=10.0),
     )
     print("ready", service.server_url, *(worker.url for worker in service.workers), flush=True)
@@ -106,6 +107,8 @@ class Parents:
                     str(self._folder / name),
                     then,
                 ],
+                # Nothing answers there: it is for downloads, of which there are none.
+                env={**os.environ, **dict.fromkeys(PROXIES, "http://127.0.0.1:9")},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -192,6 +195,7 @@ def test_a_server_that_dies_while_starting(model_path: Path, tmp_path: Path) -> 
     error = caught.value
     assert error.exit_code == 2
     assert "invalid choice" in error.log_tail
+    assert "no-such-backend" in str(error).splitlines()[0]  # the cause comes first
     assert "--attention-backend" in error.argv
     assert error.argv[error.argv.index("--api-key") + 1] == "***"
     # It was told of the death when it happened, not at some time-out.

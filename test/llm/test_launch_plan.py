@@ -11,12 +11,16 @@ import torch
 
 from torchrl_sglang import RouterConfig, ServerConfig
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.launch.cores import binding, divide_cores, usable_cores
 from torchrl_sglang.launch.process import redacted
 from torchrl_sglang.launch.router import router_argv
 from torchrl_sglang.launch.server import (
     CPU_SERVE,
+    CPU_TOTAL_TOKENS,
+    NO_BALANCE_CHECK,
     OWN_OPTIONS,
     check_extra_args,
+    exempt_from_proxies,
     flags,
     gpu_placement,
     server_argv,
@@ -24,11 +28,13 @@ from torchrl_sglang.launch.server import (
 )
 from torchrl_sglang.start import (
     check_model,
+    check_tokenizer,
     choose_device,
-    cpu_threads,
     divide_gpus,
     plan_fleet,
 )
+
+UNBALANCED = dict([NO_BALANCE_CHECK])
 
 
 @pytest.fixture
@@ -36,7 +42,8 @@ def model(tmp_path: Path) -> str:
     """A folder that looks like a model."""
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
     return str(folder)
 
 
@@ -172,6 +179,28 @@ def test_the_users_options_win_over_our_defaults(
     assert options(argv_of(server(device="cpu", extra_args=extra))).get(flag) == expected
 
 
+@pytest.mark.parametrize(
+    ("extra", "tokens", "fraction"),
+    [
+        ({}, CPU_TOTAL_TOKENS, 0.9),
+        ({"mem_fraction_static": 0.95}, CPU_TOTAL_TOKENS, 0.95),
+        ({"max_total_tokens": 4096}, 4096, 0.9),
+        ({"context_length": 2 * CPU_TOTAL_TOKENS}, 2 * CPU_TOTAL_TOKENS, 0.9),
+        ({"context_length": 2048}, CPU_TOTAL_TOKENS, 0.9),
+        ({"context_length": None}, CPU_TOTAL_TOKENS, 0.9),
+    ],
+    ids=str,
+)
+def test_the_cache_of_a_cpu_server_is_bounded_in_tokens(
+    extra: dict[str, Any], tokens: int, fraction: float
+) -> None:
+    """A share of the machine would be what others take meanwhile, or all of its memory."""
+    given = options(argv_of(server(device="cpu", extra_args=extra)))
+    assert given["--max-total-tokens"] == [str(tokens)]
+    assert given["--mem-fraction-static"] == [str(fraction)]
+    assert not {"--max-total-tokens", "--mem-fraction-static"} & set(options(argv_of(server())))
+
+
 @pytest.mark.parametrize("name", [*OWN_OPTIONS])
 def test_options_with_an_argument_of_their_own(name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' has an argument of its own"):
@@ -238,7 +267,7 @@ def test_even_gpus_leave_the_view_alone() -> None:
 @pytest.mark.parametrize(
     ("device", "base", "expected"),
     [
-        ("cpu", {"A": "1"}, {"A": "1", "SGLANG_USE_CPU_ENGINE": "1"}),
+        ("cpu", {"A": "1"}, {"A": "1", "SGLANG_USE_CPU_ENGINE": "1", **UNBALANCED}),
         ("cuda", {"A": "1"}, {"A": "1", "NCCL_CUMEM_ENABLE": "1"}),
         ("cuda", {"NCCL_CUMEM_ENABLE": "0"}, {"NCCL_CUMEM_ENABLE": "0"}),
     ],
@@ -248,6 +277,23 @@ def test_environment(device: str, base: dict[str, str], expected: dict[str, str]
     kept = {"SGLANG_TIMEOUT_KEEP_ALIVE": "3600"}
     assert server_env(server(device=device), base) == {**kept, **expected}
     assert base == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "base", "expected"),
+    [
+        ({"device": "cuda"}, {}, None),
+        ({"device": "cuda", "tp_size": 2}, {}, "0"),
+        ({"device": "cpu"}, {}, "0"),
+        ({"device": "cuda", "tp_size": 2}, {NO_BALANCE_CHECK[0]: "1"}, "1"),
+    ],
+    ids=str,
+)
+def test_memory_that_is_taken_unevenly_is_no_reason_to_fail(
+    changes: dict[str, Any], base: dict[str, str], expected: str | None
+) -> None:
+    """As where a trainer shares some of the GPUs, or ranks measure one after the other."""
+    assert server_env(server(**changes), base).get(NO_BALANCE_CHECK[0]) == expected
 
 
 @pytest.mark.parametrize(
@@ -275,14 +321,139 @@ def test_the_users_variables_win() -> None:
     assert env == {**mine, "OTHER": "2"}
 
 
+PROXY = "http://proxy:3128"
+ALWAYS_EXEMPT = "localhost,127.0.0.1,::1,0.0.0.0,10.0.0.5"
+
+
 @pytest.mark.parametrize(
-    ("num_cores", "num_replicas", "expected"),
-    [(1, 1, 1), (2, 1, 1), (2, 2, 1), (9, 1, 8), (9, 2, 4), (9, 3, 2), (4, 8, 1)],
+    ("given", "exempt"),
+    [
+        ({}, None),
+        ({"HTTP_PROXY": ""}, None),
+        ({"NO_PROXY": ""}, None),
+        ({"HTTP_PROXY": PROXY}, ALWAYS_EXEMPT),
+        ({"http_proxy": PROXY}, ALWAYS_EXEMPT),
+        ({"https_proxy": PROXY}, ALWAYS_EXEMPT),
+        ({"All_Proxy": PROXY}, ALWAYS_EXEMPT),
+        ({"all_proxy": PROXY, "no_proxy": "a.b, .c"}, f"a.b,.c,{ALWAYS_EXEMPT}"),
+        ({"all_proxy": PROXY, "NO_PROXY": "a.b,localhost"}, f"a.b,{ALWAYS_EXEMPT}"),
+        ({"all_proxy": PROXY, "NO_PROXY": "A", "no_proxy": "b"}, f"b,A,{ALWAYS_EXEMPT}"),
+        ({"all_proxy": PROXY, "no_proxy": "*"}, f"*,{ALWAYS_EXEMPT}"),
+    ],
+    ids=str,
 )
-def test_cores_are_divided_among_cpu_servers(
-    num_cores: int, num_replicas: int, expected: int
+def test_proxies_are_for_downloads(given: dict[str, str], exempt: str | None) -> None:
+    """They stay, and don't stand between the servers, the router and this process."""
+    for env in (
+        exempt_from_proxies(given, "10.0.0.5"),
+        server_env(server(host="10.0.0.5"), given),
+        server_env(server(host="10.0.0.5", env=given), {}),
+    ):
+        assert {name: env[name] for name in given if name.lower() != "no_proxy"} == {
+            name: value for name, value in given.items() if name.lower() != "no_proxy"
+        }
+        if exempt is not None:
+            assert [env["NO_PROXY"], env["no_proxy"]] == [exempt] * 2
+        else:
+            assert {name for name in env if name.lower() == "no_proxy"} <= {*given}
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_replicas", "num_ranks", "expected"),
+    [
+        (1, 1, 1, ["0"]),
+        (2, 1, 1, ["0"]),
+        (2, 1, 2, ["0|1"]),
+        (2, 2, 1, ["0", "1"]),
+        (2, 2, 2, ["0|1", "0|1"]),
+        (2, 1, 3, ["0|1|0"]),
+        (1, 2, 2, ["0|0", "0|0"]),
+        (4, 2, 2, ["0|1", "2|3"]),
+        (4, 8, 1, ["0", "1", "2", "3"] * 2),
+        (9, 1, 1, ["0,1,2,3,4,5,6,7"]),
+        (9, 1, 2, ["0,1,2,3|4,5,6,7"]),
+        (9, 2, 2, ["0,1|2,3", "4,5|6,7"]),
+        (9, 3, 1, ["0,1", "2,3", "4,5"]),
+    ],
+)
+def test_cores_are_divided_among_the_ranks_of_cpu_servers(
+    num_cores: int, num_replicas: int, num_ranks: int, expected: list[str]
 ) -> None:
-    assert cpu_threads(num_cores, num_replicas) == expected
+    divided = divide_cores(range(num_cores), num_replicas, num_ranks)
+    assert [binding(ranks) for ranks in divided] == expected
+
+
+@pytest.mark.parametrize(
+    ("allowed", "siblings", "nodes", "expected"),
+    [
+        ({0, 1}, {}, {}, (0, 1)),
+        ({0, 1, 2, 3}, {0: "0,2", 2: "0,2", 1: "1,3", 3: "1,3"}, {}, (0, 1)),
+        ({1, 2, 3}, {0: "0,2", 2: "0,2", 1: "1,3", 3: "1,3"}, {}, (1, 2)),
+        ({0, 1, 2, 3}, {}, {0: 0, 2: 0, 1: 1, 3: 1}, (0, 2, 1, 3)),
+        ({5, 7}, {5: "5", 7: "7"}, {5: 1, 7: 0}, (7, 5)),
+    ],
+)
+def test_cores_that_compute(
+    tmp_path: Path,
+    allowed: set[int],
+    siblings: dict[int, str],
+    nodes: dict[int, int],
+    expected: tuple[int, ...],
+) -> None:
+    """Not two of one physical core; those of a node beside each other."""
+    for core in allowed:
+        (tmp_path / f"cpu{core}/topology").mkdir(parents=True)
+    for core in siblings.keys() & allowed:
+        path = tmp_path / f"cpu{core}/topology/thread_siblings_list"
+        path.write_text(siblings[core] + "\n")
+    for core, node in nodes.items():
+        (tmp_path / f"cpu{core}/node{node}").mkdir()
+    assert usable_cores(allowed, tmp_path) == expected
+    assert usable_cores(allowed, tmp_path / "nowhere") == tuple(sorted(allowed))
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "expected"),
+    [
+        ({"cpu_cores": ((0, 1), (2, 3))}, {}, "0,1|2,3"),
+        ({"cpu_cores": ((0,), (1,))}, {"SGLANG_CPU_OMP_THREADS_BIND": "4|5"}, "4|5"),
+        ({}, {}, None),
+        ({"cpu_cores": ((0,), (1,)), "device": "cuda"}, {}, None),
+    ],
+)
+def test_ranks_are_bound_to_their_cores(
+    changes: dict[str, Any], given: dict[str, str], expected: str | None
+) -> None:
+    config = server(**{"device": "cpu", **changes})
+    assert server_env(config, given).get("SGLANG_CPU_OMP_THREADS_BIND") == expected
+    mine = server(**{"device": "cpu", **changes, "env": {"SGLANG_CPU_OMP_THREADS_BIND": "6"}})
+    assert server_env(mine, given)["SGLANG_CPU_OMP_THREADS_BIND"] == "6"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_replicas", "threads", "bound"),
+    [
+        ({}, 1, 2, [None]),
+        ({}, 2, 1, ["0", "1"]),
+        ({"tp_size": 2}, 1, 1, ["0|1"]),
+        ({"dp_size": 2}, 1, 1, ["0|1"]),
+        ({"tp_size": 2, "dp_size": 2}, 1, 1, ["0|1|2|0"]),
+        ({"tp_size": 2, "pp_size": 2, "ep_size": 2}, 1, 1, ["0|1|2|0"]),
+    ],
+)
+def test_which_starts_bind_their_ranks(
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: dict[str, int],
+    num_replicas: int,
+    threads: int,
+    bound: list[str | None],
+) -> None:
+    """SGLang gives each rank a whole NUMA node, and ends where there are too few of them."""
+    monkeypatch.setattr("torchrl_sglang.start.usable_cores", lambda allowed: (0, 1, 2))
+    planned = fleet(model, num_replicas=num_replicas, server={"device": "cpu", **sizes})
+    assert [config.cpu_threads for config in planned] == [threads] * num_replicas
+    assert [config.cpu_cores and binding(config.cpu_cores) for config in planned] == bound
 
 
 @pytest.mark.parametrize(
@@ -351,7 +522,7 @@ def test_free_ports_by_default(model: str) -> None:
         ({"num_replicas": 2, "ports": [3000, 3000]}, "server_ports needs 2 different ports"),
         ({"num_replicas": 2, "ports": [3000, 3001, 3001]}, "server_ports needs 2 different"),
         ({"server": {"extra_args": {"port": 1}}}, "server_ports="),
-        ({"server": {"extra_args": {"tensor_parallel_size": 2}}}, "tp_size="),
+        ({"server": {"extra_args": {"tp_size": 2}}}, "tp_size="),
         ({"cuda_devices": [0, 1]}, "1 replicas of 1 GPUs"),
     ],
     ids=str,
@@ -359,6 +530,41 @@ def test_free_ports_by_default(model: str) -> None:
 def test_fleets_that_can_not_be(model: str, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         fleet(model, **changes)
+
+
+@pytest.mark.parametrize(
+    ("files", "extra", "fine"),
+    [
+        ([], {}, False),
+        (["model.safetensors", "generation_config.json", "special_tokens_map.json"], {}, False),
+        ([], {"skip_tokenizer_init": True}, True),
+        ([], {"skip_tokenizer_init": False}, False),
+        ([], {"tokenizer_path": "Qwen/Qwen2.5-0.5B"}, True),
+        (["tokenizer.json"], {}, True),
+        (["tokenizer.json"], {"tokenizer_path": "{bare}"}, False),
+        (["tokenizer.model"], {}, True),
+        (["vocab.json", "merges.txt"], {}, True),
+        (["spiece.model"], {}, True),
+        (["qwen.tiktoken"], {}, True),
+        (["tekken.json"], {}, True),
+        (["m.gguf"], {}, True),
+    ],
+    ids=str,
+)
+def test_a_model_without_a_tokenizer(
+    tmp_path: Path, files: list[str], extra: dict[str, Any], fine: bool
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", *files):
+        (tmp_path / name).write_text("{}")
+    given = {name: str(bare) if value == "{bare}" else value for name, value in extra.items()}
+    if fine:
+        check_tokenizer(str(tmp_path), given)
+        assert len(fleet(str(tmp_path), server={"extra_args": given})) == 1
+        return
+    with pytest.raises(ConfigError, match="skip_tokenizer_init=True"):
+        fleet(str(tmp_path), server={"extra_args": given})
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

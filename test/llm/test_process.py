@@ -21,7 +21,13 @@ import torchrl_sglang
 from torchrl_sglang import RouterConfig, ServerConfig, Timeouts
 from torchrl_sglang.errors import LaunchError, ProcessDiedError, StartTimeoutError
 from torchrl_sglang.launch.fleet import Fleet, FleetPlan
-from torchrl_sglang.launch.process import GUARD, ChildProcess, installed_version, redacted
+from torchrl_sglang.launch.process import (
+    GUARD,
+    ChildProcess,
+    cause_in,
+    installed_version,
+    redacted,
+)
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 SLEEP = [*PYTHON, "import time; time.sleep(600)"]
@@ -225,6 +231,43 @@ def test_death_before_ready_says_all_within_a_second(start: Start) -> None:
     assert "no such model" in str(error)
     assert "exit code 4" in str(error)
     assert "secret" not in str(error)
+
+
+FIRST = "Traceback (most recent call last):\n  File 'a', line 1\n    f()\n    ^^^\nKeyError: 'x'\n"
+SECOND = FIRST.replace("KeyError: 'x'", "pkg.mod.BadError: b\nmore")
+DURING = "\nDuring handling of the above exception, another exception occurred:\n\n"
+CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("", ""),
+        ("[t] all is well\nError: in a line\n", ""),
+        (FIRST, "KeyError: 'x'"),
+        ("[t TP0] Scheduler hit an exception: " + FIRST + "\n[t] sigquit\n", "KeyError: 'x'"),
+        ("[t] one: " + FIRST + "[t] another: " + SECOND, "KeyError: 'x'"),
+        (FIRST + DURING + SECOND, "pkg.mod.BadError: b"),
+        (FIRST + CAUSED + SECOND, "pkg.mod.BadError: b"),
+        (FIRST + DURING + "cut off", "KeyError: 'x'"),
+        ("usage: a.py [-h]\n             [--b B]\na.py: error: no such --c\n", "no such --c"),
+        ("Traceback (most recent call last):\n  File 'a', line 1\n", ""),
+    ],
+)
+def test_the_cause_in_a_log(log: str, expected: str) -> None:
+    assert cause_in(log) == expected
+
+
+def test_death_names_its_cause_first(start: Start) -> None:
+    """Though many lines follow it, more than the message shows."""
+    code = "import sys; print(sys.argv[1] + 'later\\n' * 100, flush=True); sys.exit(3)"
+    child = start([*PYTHON, code, FIRST])
+    with pytest.raises(ProcessDiedError) as caught:
+        child.wait_until(lambda: False, 60.0)
+    assert caught.value.cause == "KeyError: 'x'"
+    assert (
+        str(caught.value).splitlines()[0].endswith("exit code 3 before it was ready: KeyError: 'x'")
+    )
 
 
 def test_not_ready_in_time(start: Start) -> None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CPU_SERVER_ARGS, needs, perturb, worst_error
+from servers import CPU_SERVER_ARGS, needs, perturb, wait_until, worst_error
 from test_launch import alive, descendants, listening
 
 from torchrl_sglang import (
     AsyncSGLang,
     GenerateRequest,
     SamplingParams,
+    ServiceState,
     SGLangWeightSyncScheme,
     SGLangWrapper,
     Timeouts,
 )
+from torchrl_sglang.errors import ConnectError, NoWorkersError
 from torchrl_sglang.protocol import Returns, passes_router
 
 COUNTERS = {
@@ -229,3 +235,122 @@ def test_a_push_reaches_both(replicas: AsyncSGLang, model: Any) -> None:
             assert one.weight_version == str(scheme.last_push.version)
             assert worst_error(pushed, prompts, one.generate(prompts, sampling)) < 0.02
     scheme.close()
+
+
+# Those that die: a router, one server, all of them. In this order, on the same servers.
+
+
+def kill(service: AsyncSGLang, name: str) -> None:
+    """Ends a child at once; returns when that is known."""
+    fleet = service._local.fleet
+    assert fleet is not None
+    child = next(child for child in fleet._children if child.name == name)
+    os.kill(descendants(child.pid)[0].pid, signal.SIGKILL)
+    wait_until(lambda: child.exit_code is not None, 20.0)
+
+
+def external(service: AsyncSGLang) -> AsyncSGLang:
+    keys = service._keys
+    return AsyncSGLang.connect(
+        service.server_url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
+    )
+
+
+def test_a_router_that_died_is_started_again(
+    replicas: AsyncSGLang, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Requests that it had, and new ones, are answered; its log goes on in another file."""
+    long = SAMPLING.updated({"max_new_tokens": 100})
+    call = threading.Thread(target=lambda: done.extend(replicas.generate(prompts_of(8), long)))
+    done: list[Any] = []
+    call.start()
+    time.sleep(0.5)
+    kill(replicas, "router")
+    assert replicas.state is ServiceState.BROKEN
+    assert len(replicas.generate([5, 6], SAMPLING).output_ids) == 8
+    assert re.search(r"router ended with exit code -9 .*router\.log", caplog.text)
+    call.join(60.0)
+    assert [len(c.output_ids) for c in done] == [100] * 8
+    assert replicas.state is ServiceState.SYNCED
+    _, shares = done_by(replicas, lambda: replicas.generate(prompts_of(32), SAMPLING))
+    check_even(shares, requests=32)
+    assert replicas.log_dir is not None
+    assert {"router.log", "router.2.log"} <= {path.name for path in replicas.log_dir.iterdir()}
+
+
+def test_a_router_that_does_not_start_again(
+    replicas: AsyncSGLang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = replicas._local.fleet
+    assert fleet is not None
+    wrong = replace(fleet._plan.router, extra_args={"no_such_option": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(fleet, "_plan", replace(fleet._plan, router=wrong))
+        kill(replicas, "router")
+        with pytest.raises(ConnectError, match=r"exit code -9 .*no-such-option") as caught:
+            replicas.generate([5, 6], SAMPLING)
+        assert "router.2.log" in str(caught.value)
+        assert replicas.state is ServiceState.BROKEN
+    assert len(replicas.generate([5, 6], SAMPLING).output_ids) == 8
+    assert replicas.state is ServiceState.SYNCED
+
+
+def test_what_is_dead_is_known_as_dead(replicas: AsyncSGLang, model: Any) -> None:
+    first, second = replicas.managed_urls
+    kill(replicas, "server-0")
+    replicas.refresh()
+    assert [worker.url for worker in replicas.workers] == [second]
+    assert replicas.managed_urls == (first, second)
+    assert all(len(c.output_ids) == 8 for c in replicas.generate(prompts_of(8), SAMPLING))
+    assert replicas.weight_version == replicas.workers[0].get("/model_info")["weight_version"]
+    replicas.flush_cache()
+    with replicas.open_session() as session:
+        assert session.worker_url == second
+    with pytest.warns(RuntimeWarning, match=f"don't answer: {first}.*refresh"):
+        attached = external(replicas)
+    with attached:
+        assert [worker.url for worker in attached.workers] == [second]
+        assert attached.cluster.silent == (first,)
+        assert len(attached.generate([5, 6], SAMPLING).output_ids) == 8
+    replicas.restart_workers([first])
+    scheme = SGLangWeightSyncScheme(replicas)
+    scheme.connect_once()
+    scheme.send(model)
+    scheme.close()
+    assert {worker.url for worker in replicas.workers} == {first, second}
+    assert replicas.state is ServiceState.SYNCED
+
+
+def test_one_that_a_push_does_not_reach_leaves_the_router(
+    replicas: AsyncSGLang, model: Any
+) -> None:
+    """It would come back with other weights."""
+    first, second = replicas.managed_urls
+    kill(replicas, "server-1")
+    with warnings.catch_warnings(), external(replicas) as attached:
+        warnings.simplefilter("ignore")
+        scheme = SGLangWeightSyncScheme(attached)
+        scheme.connect_once()
+        scheme.send(perturb(model, seed=3))
+        scheme.close()
+        routed = attached._front.get("/workers")["workers"]
+        assert [worker["url"] for worker in routed] == [first]
+    replicas.drop_worker(second)
+    assert [worker.url for worker in replicas.workers] == [first]
+    assert len(replicas.generate([5, 6], SAMPLING).output_ids) == 8
+
+
+def test_when_every_server_died(replicas: AsyncSGLang) -> None:
+    kill(replicas, "server-0")
+    assert replicas.state is ServiceState.BROKEN
+    begun = time.monotonic()
+    with pytest.raises(
+        NoWorkersError, match=r"server-0 ended with exit code -9 .*server-0\.2\.log"
+    ):
+        replicas.generate([5, 6], SAMPLING)
+    replicas.refresh()
+    with pytest.raises(NoWorkersError, match="restart_workers"):
+        replicas.generate([5, 6], SAMPLING)
+    assert time.monotonic() - begun < 2.0
+    with pytest.raises(ConnectError, match="nothing answers"):
+        external(replicas)

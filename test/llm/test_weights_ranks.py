@@ -37,7 +37,6 @@ def two_ranks(path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
         str(path),
         device="cpu",
         tp_size=2,
-        server_env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
         timeouts=timeouts,
         **CPU_SERVER_ARGS,
     ) as service:

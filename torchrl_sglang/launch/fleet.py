@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import os
 import tempfile
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..config import RouterConfig, ServerConfig, Timeouts
 from ..errors import EngineNotFoundError, LaunchError, ProcessDiedError
+from .options import KnownOptions
 from .ports import PortReservation, wait_until_free
-from .process import ChildProcess, installed_version
+from .process import ChildProcess, installed_version, known_options
 from .router import router_argv
-from .server import server_argv, server_env
+from .server import exempt_from_proxies, server_argv, server_env
 
 # A port that was free when reserved can still be refused; more often it is something else.
 PORT_ATTEMPTS = 3
 FREED_S = 10.0  # how long a killed server may hold its port
 PORT_IN_USE = ("address already in use", "EADDRINUSE", "errno 98", "port is already in use")
 
+ROUTER = "router"
+
+logger = logging.getLogger("torchrl_sglang")
+
 ReadyCheck = Callable[[str], bool]
+RouterCheck = Callable[[str, int], bool]  # with the number of servers that it should have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,31 +66,33 @@ class Fleet:
     """
 
     def __init__(
-        self, plan: FleetPlan, *, server_ready: ReadyCheck, router_ready: ReadyCheck
+        self, plan: FleetPlan, *, server_ready: ReadyCheck, router_ready: RouterCheck
     ) -> None:
         """Starts everything, or nothing.
 
         Args:
             plan: what to start.
             server_ready: asks one server's URL whether it takes requests.
-            router_ready: asks the router's URL whether it has every server.
+            router_ready: asks the router's URL whether it has so many servers.
 
         Raises:
+            UnsupportedOptionError: an option that what is installed does not have.
             LaunchError: something did not start; everything else was ended again.
         """
-        self._plan = plan
+        self.router_version = _check_installed(plan.python)
+        self._plan = plan = _with_known_options(plan)
         self._server_ready = server_ready
+        self._router_ready = router_ready
         self._children: list[ChildProcess] = []
-        self._num_restarts: Counter[int] = Counter()
         self._environ = dict(os.environ)  # of the first start, also for later ones
         self._stopped = False
         self._lock = threading.Lock()
+        self._reviving = threading.Lock()
         self.log_dir = plan.log_dir or Path(tempfile.mkdtemp(prefix="torchrl_sglang_"))
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        self.router_version = self._check_installed()
         try:
             self.server_urls = self._start_servers()
-            self.router_url = self._start_router(router_ready)
+            self.router_url = self._start_router(self.server_urls)
         except BaseException:
             self.stop()
             raise
@@ -90,22 +100,6 @@ class Fleet:
     @property
     def _indices(self) -> range:
         return range(len(self._plan.servers))
-
-    def _check_installed(self) -> str:
-        """The router's version; raises `EngineNotFoundError` where something is missing."""
-        versions = {
-            name: installed_version(self._plan.python, name) for name in ("sglang", "sglang-router")
-        }
-        for name, version in versions.items():
-            if version is None:
-                raise EngineNotFoundError(
-                    f"a managed start needs {name}, which {self._plan.python} does not have. "
-                    "Install it there (GPU: pip install 'torchrl-sglang[sglang]'; CPU: the pinned "
-                    "lists in requirements/, which `make env` installs), name an environment that "
-                    "has it with server_python=, or attach to a running server with "
-                    "AsyncSGLang.connect(url)."
-                )
-        return str(versions["sglang-router"])
 
     def _start_servers(self) -> list[str]:
         with ThreadPoolExecutor(len(self._plan.servers)) as pool:
@@ -119,7 +113,7 @@ class Fleet:
     def restart(self, url: str, given_up: threading.Event | None = None) -> None:
         """Starts a server again at its address, with the model's own files.
 
-        What is left of it is killed. Its log goes on in ``server-0.2.log``.
+        What is left of it is killed. Its log goes on in the next ``server-0.2.log``.
 
         Args:
             url: one of `server_urls`.
@@ -132,13 +126,58 @@ class Fleet:
         assert port is not None
         self.kill(url)
         wait_until_free(self._plan.servers[index].host, port, FREED_S)
-        self._num_restarts[index] += 1
-        log_name = f"{_server_name(index)}.{self._num_restarts[index] + 1}"
         try:
-            self._start_server(index, port, log_name, given_up)
+            self._start_server(index, port, given_up)
         except BaseException:
-            self._kill(lambda child: child.log_path.name == f"{log_name}.log")
+            self.kill(url)
             raise
+
+    def revive_router(self, server_urls: Sequence[str]) -> None:
+        """Starts the router again at its address if it ended by itself; harmless while it lives.
+
+        Args:
+            server_urls: the servers that it may send to.
+
+        Raises:
+            LaunchError: it did not start again; says how it ended first.
+        """
+        with self._reviving:
+            if ROUTER in self._living or self._stopped:
+                return
+            said = told(self.ended(ROUTER)) or "The router is gone."
+            url = urlsplit(self.router_url)
+            self._kill(lambda child: child.name == ROUTER)
+            wait_until_free(self._plan.router.host, int(url.port or 0), FREED_S)
+            try:
+                self._start_router(server_urls, url.port)
+            except LaunchError as error:
+                self._kill(lambda child: child.name == ROUTER)
+                raise LaunchError(f"{said} It did not start again: {error}") from error
+            # Not a warning: whoever makes an error of it would lose the calls that wait for this.
+            logger.warning("%s It was started again.", said)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody can be served: the router ended and isn't back, or every server did."""
+        router_lives = ROUTER in self._living and not self._reviving.locked()
+        return not (router_lives and self.living_urls)
+
+    @property
+    def living_urls(self) -> list[str]:
+        """URLs of the servers whose process lives."""
+        living = self._living
+        return [url for i, url in enumerate(self.server_urls) if _server_name(i) in living]
+
+    @property
+    def _living(self) -> set[str]:
+        with self._lock:
+            return {child.name for child in self._children if child.exit_code is None}
+
+    def ended(self, name: str | None = None) -> list[ChildProcess]:
+        """Children, or those of a name, that ended though nobody stopped them."""
+        with self._lock:
+            children = [child for child in self._children if name in (None, child.name)]
+        return [child for child in children if child.exit_code is not None]
 
     def kill(self, url: str) -> None:
         """Ends a server at once; harmless where it is gone.
@@ -161,7 +200,6 @@ class Fleet:
         self,
         index: int,
         port: int | None = None,
-        log_name: str | None = None,
         given_up: threading.Event | None = None,
     ) -> str:
         config, name = self._plan.servers[index], _server_name(index)
@@ -169,11 +207,11 @@ class Fleet:
         def start(port: int, second_port: int) -> ChildProcess:
             argv = server_argv(config, python=self._plan.python, port=port, nccl_port=second_port)
             env = server_env(config, self._environ)
-            return self._spawn(name, argv, env, log_name, given_up)
+            return self._spawn(name, argv, env, given_up)
 
         return self._start(config.host, port or config.port, start, self._server_ready)
 
-    def _start_router(self, is_ready: ReadyCheck) -> str:
+    def _start_router(self, server_urls: Sequence[str], port: int | None = None) -> str:
         config = self._plan.router
 
         def start(port: int, second_port: int) -> ChildProcess:
@@ -182,12 +220,15 @@ class Fleet:
                 python=self._plan.python,
                 port=port,
                 prometheus_port=second_port,
-                worker_urls=self.server_urls,
+                worker_urls=server_urls,
                 api_key=self._plan.servers[0].api_key,
             )
-            return self._spawn("router", argv, self._environ)
+            return self._spawn(ROUTER, argv, exempt_from_proxies(self._environ, config.host))
 
-        return self._start(config.host, config.port, start, is_ready)
+        def is_ready(url: str) -> bool:
+            return self._router_ready(url, len(server_urls))
+
+        return self._start(config.host, port or config.port, start, is_ready)
 
     def _start(
         self,
@@ -215,7 +256,6 @@ class Fleet:
         name: str,
         argv: Sequence[str],
         env: dict[str, str],
-        log_name: str | None = None,
         given_up: threading.Event | None = None,
     ) -> ChildProcess:
         with self._lock:
@@ -227,15 +267,20 @@ class Fleet:
                 name,
                 argv,
                 env=env,
-                log_path=self.log_dir / f"{log_name or name}.log",
+                log_path=self._new_log(name),
                 grace_s=self._plan.timeouts.stop_s,
             )
             self._children.append(child)
         return child
 
-    def dead_children(self) -> list[ChildProcess]:
-        """Children that ended though nobody stopped them."""
-        return [child for child in self._children if child.exit_code is not None]
+    def _new_log(self, name: str) -> Path:
+        """A log that nothing was written to, in a folder that may have been used before."""
+        for number in itertools.count(1):
+            path = self.log_dir / (f"{name}.log" if number == 1 else f"{name}.{number}.log")
+            with contextlib.suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                return path
+        raise AssertionError("unreachable")
 
     def stop(self) -> None:
         """Ends router and servers, all at once; harmless twice."""
@@ -246,6 +291,44 @@ class Fleet:
             child.ask_stop()
         for child in reversed(children):
             child.stop()
+
+
+def told(ended: Sequence[ChildProcess]) -> str:
+    """How children ended, and where they logged it."""
+    return " ".join(
+        f"{child.name} ended with exit code {child.exit_code}"
+        f"{f': {cause}' if (cause := child.cause()) else ''} (its log: {child.log_path})."
+        for child in ended
+    )
+
+
+def _check_installed(python: str) -> str:
+    """The router's version; raises `EngineNotFoundError` where something is missing."""
+    versions = {name: installed_version(python, name) for name in ("sglang", "sglang-router")}
+    for name, version in versions.items():
+        if version is None:
+            raise EngineNotFoundError(
+                f"a managed start needs {name}, which {python} does not have. "
+                "Install it there (GPU: pip install 'torchrl-sglang[sglang]'; CPU: the pinned "
+                "lists in requirements/, which `make env` installs), name an environment that "
+                "has it with server_python=, or attach to a running server with "
+                "AsyncSGLang.connect(url)."
+            )
+    return str(versions["sglang-router"])
+
+
+def _with_known_options(plan: FleetPlan) -> FleetPlan:
+    """The plan in the words of what is installed; refuses options that it does not have.
+
+    Else a server would say so half a minute later, and the router after all servers had started.
+    """
+    known = defaultdict(KnownOptions, known_options(plan.python))
+    servers = tuple(
+        replace(server, extra_args=known["sglang"].checked(server.extra_args, "SGLang's server"))
+        for server in plan.servers
+    )
+    of_router = known["sglang_router"].checked(plan.router.extra_args, "sglang-router")
+    return replace(plan, servers=servers, router=replace(plan.router, extra_args=of_router))
 
 
 def _server_name(index: int) -> str:

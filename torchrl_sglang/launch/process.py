@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +16,17 @@ from types import TracebackType
 
 from ..errors import LaunchError, ProcessDiedError, StartTimeoutError
 from .guard import kill_session, session_members
+from .options import KnownOptions
 
 GUARD = Path(__file__).with_name("guard.py")
+PROBE = Path(__file__).with_name("probe.py")
 SECRET_OPTIONS = ("--api-key", "--admin-api-key")
 POLL_S = 0.1
 KILLED_S = 30.0  # how long a killed process may take to give its memory back
 GUARD_S = 5.0
+TAIL_BYTES = 64 * 1024
+CAUSE_BYTES = 1024 * 1024  # the end of a log in which its cause of death is looked for
+CAUSE_CHARS = 1000
 
 
 class ChildProcess:
@@ -70,10 +77,16 @@ class ChildProcess:
 
     def log_tail(self, num_lines: int = 40) -> str:
         """The last lines that it logged."""
+        return "\n".join(self._log_end(TAIL_BYTES).splitlines()[-num_lines:])
+
+    def cause(self) -> str:
+        """Why it ended, as far as it said so; empty if it did not."""
+        return cause_in(self._log_end(CAUSE_BYTES))
+
+    def _log_end(self, num_bytes: int) -> str:
         with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_path.stat().st_size - 64 * 1024))
-            lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-num_lines:])
+            log.seek(max(0, self.log_path.stat().st_size - num_bytes))
+            return log.read().decode(errors="replace")
 
     def wait_until(self, is_ready: Callable[[], bool], timeout_s: float) -> None:
         """Polls until ready.
@@ -86,7 +99,9 @@ class ChildProcess:
         while not is_ready():
             code = self.exit_code
             if code is not None:
-                raise ProcessDiedError(self.name, redacted(self.argv), code, self.log_tail())
+                raise ProcessDiedError(
+                    self.name, redacted(self.argv), code, self.log_tail(), self.cause()
+                )
             if time.monotonic() > deadline:
                 raise StartTimeoutError(
                     f"{self.name} was not ready within {timeout_s:.0f} s (Timeouts.start_s). "
@@ -145,6 +160,33 @@ class ChildProcess:
         self.stop()
 
 
+# A traceback up to its last line (``package.Kind: message``, not indented), which is wanted, and
+# the last line of argparse's usage.
+_TRACEBACK = re.compile(
+    r"^.*Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(?P<said>[A-Za-z_][^\n]*)", re.M
+)
+_CHAINED = re.compile(
+    r"\n+(?:During handling of the above exception, another|"
+    r"The above exception was the direct cause).*\n+"
+)
+_USAGE = re.compile(r"^[\w./ -]+: error: (?P<said>.*)", re.M)
+
+
+def cause_in(log: str) -> str:
+    """The exception, or the usage error, that a child's log names first; empty if there is none.
+
+    The first one is why a process ended. What follows is what others say of its end.
+    """
+    if usage := _USAGE.search(log):
+        return usage["said"]
+    said, found = "", _TRACEBACK.search(log)
+    while found:
+        said = found["said"][:CAUSE_CHARS]
+        chained = _CHAINED.match(log, found.end())
+        found = _TRACEBACK.match(log, chained.end()) if chained else None
+    return said
+
+
 def redacted(argv: Sequence[str]) -> list[str]:
     """The command line with the keys replaced by ``***``."""
     return [
@@ -168,3 +210,22 @@ def installed_version(python: str, distribution: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return probe.stdout.strip() if probe.returncode == 0 else None
+
+
+def known_options(python: str) -> dict[str, KnownOptions]:
+    """The options of SGLang and of its router, by package, in ``python``'s environment.
+
+    Nothing is known of what can't be found out: it lets everything pass.
+    """
+    command = [python, "-c", PROBE.read_text()]
+    try:
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=True)
+        found = json.loads(probe.stdout)
+        return {
+            package: KnownOptions(
+                names=frozenset(said["options"]), negatable=frozenset(said["negatable"])
+            )
+            for package, said in found.items()
+        }
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError, AttributeError):
+        return {}

@@ -10,18 +10,28 @@ from typing import Any
 
 from ..config import ServerConfig
 from ..errors import ConfigError
+from .cores import binding
+
+NO_PROXY = ("no_proxy", "NO_PROXY")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 CPU_SERVE = Path(__file__).parent.parent / "cpu" / "serve.py"
 
 KEEP_ALIVE_S = "3600"
+# Of the memory that is free for each rank: a server refuses to start where it differs by a tenth.
+NO_BALANCE_CHECK = ("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
 
 # SGLang serves a dense text model on CPU with these; ``sleep_on_idle`` gives the core back.
+# A server measures what is free before and after it loads, and fails where less is left than the
+# fraction allows. On a CPU others take of the same memory meanwhile: so the fraction leaves room
+# for them, and what bounds the cache is a number of tokens, not a share of the machine.
 CPU_DEFAULTS: dict[str, Any] = {
     "attention_backend": "torch_native",
     "disable_overlap_schedule": True,
-    "mem_fraction_static": 0.1,
+    "mem_fraction_static": 0.9,
     "sleep_on_idle": True,
 }
+CPU_TOTAL_TOKENS = 1 << 16  # of the cache: 0.8 GB for Qwen2.5-0.5B, 3.8 GB for its 7B
 
 # The one LoRA backend that computes with torch alone.
 CPU_LORA_DEFAULTS: dict[str, Any] = {"lora_backend": "torch_native"}
@@ -29,15 +39,12 @@ CPU_LORA_DEFAULTS: dict[str, Any] = {"lora_backend": "torch_native"}
 # Options that have an argument of their own; a second value through extra_args would be ambiguous.
 OWN_OPTIONS = {
     "model_path": "model_name",
+    "model": "model_name",
     "device": "device",
     "tp_size": "tp_size",
-    "tensor_parallel_size": "tp_size",
     "dp_size": "dp_size",
-    "data_parallel_size": "dp_size",
     "pp_size": "pp_size",
-    "pipeline_parallel_size": "pp_size",
     "ep_size": "ep_size",
-    "expert_parallel_size": "ep_size",
     "host": "host",
     "port": "server_ports",
     "api_key": "api_key",
@@ -76,8 +83,12 @@ def server_argv(config: ServerConfig, *, python: str, port: int, nccl_port: int)
 
 
 def _cpu_defaults(config: ServerConfig) -> dict[str, Any]:
-    with_lora = config.extra_args.get("enable_lora") or config.extra_args.get("lora_paths")
-    return {**CPU_DEFAULTS, **(CPU_LORA_DEFAULTS if with_lora else {})}
+    given = config.extra_args
+    with_lora = given.get("enable_lora") or given.get("lora_paths")
+    # A prompt that does not fit into the cache is refused, however long the context is.
+    tokens = max(CPU_TOTAL_TOKENS, int(given.get("context_length") or 0))
+    lora = CPU_LORA_DEFAULTS if with_lora else {}
+    return {**CPU_DEFAULTS, "max_total_tokens": tokens, **lora}
 
 
 def gpu_placement(devices: tuple[int, ...] | None) -> dict[str, Any]:
@@ -141,15 +152,39 @@ def server_env(config: ServerConfig, base: Mapping[str, str]) -> dict[str, str]:
     env.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", KEEP_ALIVE_S)
     if config.device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
+        # All ranks measure the same memory, one a moment after the other.
+        env.setdefault(*NO_BALANCE_CHECK)
         if config.cpu_threads is not None:
             env.setdefault("OMP_NUM_THREADS", str(config.cpu_threads))
+        if config.cpu_cores is not None:
+            env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding(config.cpu_cores))
     else:
+        if config.tp_size > 1:
+            # A trainer that shares some of the GPUs leaves less on these.
+            env.setdefault(*NO_BALANCE_CHECK)
         # The server would set 0 for itself, and a trainer that sets nothing would then fail in the
         # first broadcast; 1 is what torch gives the trainer.
         env.setdefault("NCCL_CUMEM_ENABLE", "1")
         if config.cuda_devices is not None and _even_step(config.cuda_devices) is None:
             env["CUDA_VISIBLE_DEVICES"] = _visible(config.cuda_devices, base)
-    return {**env, **config.env}
+    return exempt_from_proxies({**env, **config.env}, config.host)
+
+
+def exempt_from_proxies(env: Mapping[str, str], host: str) -> dict[str, str]:
+    """An environment whose proxies, if there are any, are for downloads alone.
+
+    A server's first request is one to itself, and the router's are to servers.
+
+    Args:
+        env: the environment of a child.
+        host: what it listens on, beside loopback addresses.
+    """
+    if not any(value and name.lower().endswith("_proxy") for name, value in env.items()):
+        return dict(env)
+    # Who knows both spellings reads one of them alone: both say what either of them said.
+    given = [env.get(name, "").split(",") for name in NO_PROXY]
+    hosts = dict.fromkeys(word.strip() for word in [*itertools.chain(*given), *LOOPBACK, host])
+    return {**env, **dict.fromkeys(NO_PROXY, ",".join(filter(None, hosts)))}
 
 
 def _visible(devices: tuple[int, ...], base: Mapping[str, str]) -> str:
