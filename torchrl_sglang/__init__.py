@@ -16,6 +16,7 @@ from .processors import (
     user_processor,
 )
 from .protocol import GenerateRequest, LogitProcessor, Media, Returns
+from .rollout.conversations import conversations
 from .rollout.row_requests import BehaviourLogProbWarning
 from .sampling import SamplingParams
 from .service import AsyncSGLang, make_sglang_server
@@ -53,6 +54,7 @@ __all__ = [
     "assist_push",
     "combined",
     "continuation",
+    "conversations",
     "disallowed_tokens",
     "get_model_metadata",
     "joined",
