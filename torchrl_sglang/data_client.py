@@ -19,14 +19,16 @@ from .completions import Completion
 from .config import Timeouts
 from .errors import (
     ConnectError,
+    RequestRefusedError,
     RequestTimeoutError,
     ServerFailedError,
-    ServiceError,
+    SGLangError,
     UnsupportedOptionError,
 )
 from .parsing import Group, never_ran, parse_completions
 from .posting import Body, PushBeganError
 from .protocol import GenerateRequest, passes_router
+from .room import fitted_to_refusal
 
 DESCRIPTORS_KEPT_FREE = 256
 ABORTED = 499  # what SGLang 0.5.17 answers for a request that was aborted while it waited
@@ -118,7 +120,7 @@ class DataClient:
             group: Group
             try:
                 group = await self._generate(request, batch, index)
-            except ServiceError as error:
+            except SGLangError as error:
                 group = error
             waiting.discard(index)
             arrive(index, group)
@@ -195,16 +197,10 @@ class DataClient:
                     ticket = await batch.admission.ticket(last)
                     if last is not None and ticket.epoch != last.epoch:
                         give_up = None  # what failed before may have been started again meanwhile
-                    fields = request.bodies(batch.seeded, ticket.cache_salt)
-                    self._sent_rids[first_rid] = _rids(fields, request)
-                    body = Body(fields, batch.admission.gate, ticket.epoch)
-                    url = self._destination(request, fields, batch) + "/generate"
-                    completions = await self._post(url, request, body)
-                    batch.admission.note(ticket, completions)
-                    return completions
+                    return await self._attempt(request, batch, ticket, first_rid)
                 except PushBeganError:
                     continue  # nothing was sent
-                except ServiceError as error:
+                except SGLangError as error:
                     give_up = give_up or clock() + self._timeouts.retry_s
                     backoff = backoff_s(attempt)
                     retriable = isinstance(error, ServerFailedError | ConnectError)
@@ -217,6 +213,24 @@ class DataClient:
                 attempt += 1
         finally:
             self._sent_rids.pop(first_rid, None)
+
+    async def _attempt(
+        self, request: GenerateRequest, batch: Batch, ticket: Ticket, first_rid: str
+    ) -> list[Completion]:
+        """One attempt; where the server counted more tokens than fit, one that asks for fewer."""
+        fields = request.bodies(batch.seeded, ticket.cache_salt)
+        self._sent_rids[first_rid] = _rids(fields, request)
+        body = Body(fields, batch.admission.gate, ticket.epoch)
+        url = self._destination(request, fields, batch) + "/generate"
+        try:
+            completions = await self._post(url, request, body)
+        except RequestRefusedError as error:
+            smaller = fitted_to_refusal(request, error.body)
+            if smaller is None:
+                raise
+            return await self._attempt(smaller, batch, ticket, first_rid)
+        batch.admission.note(ticket, completions)
+        return completions
 
     def sent_rids(self, rid: str) -> Sequence[str]:
         """The ids under which a request is known to a server now.

@@ -16,7 +16,6 @@ from torchrl_sglang.errors import (
     ConfigError,
     ConnectError,
     EmptyPromptError,
-    PromptTooLongError,
     RequestAbortedError,
     ResponseError,
 )
@@ -163,7 +162,8 @@ def test_length_is_a_reason_to_finish() -> None:
 
 def test_an_aborted_request_is_no_completion() -> None:
     reason = {"type": "abort", "message": "out of pages"}
-    with pytest.raises(RequestAbortedError, match="r1 was aborted after 3 tokens: out of pages"):
+    says = "r1 was aborted after 3 tokens: out of pages.*partial_rollouts.*partial_allowed"
+    with pytest.raises(RequestAbortedError, match=says):
         parse_completion(changed(meta(finish_reason=reason)), REQUEST)
 
 
@@ -216,7 +216,8 @@ def rows(*values: Any) -> Change:
         (rows(-1.0, -math.inf, -1.0), "not finite"),
         (rows(math.inf, -math.inf, -1.0), "not finite"),
         (meta(output_token_logprobs=[[]]), "lacks what was asked for.*IndexError"),
-        (rows(-1.0, None, -1.0), "lacks what was asked for"),
+        (rows(-1.0, None, -1.0), "token 1 sampled: do the weights hold NaN"),
+        (rows(-1.0, -1.0, math.nan), "token 2 sampled: do the weights hold NaN"),
         (rows(-1.0, "-1.0", -1.0), "lacks what was asked for"),
         (
             meta(weight_versions=[{"version": "4", "start": 0, "end": 2}]),
@@ -349,7 +350,7 @@ def test_worker_info() -> None:
     assert (info.url, info.model_path, info.tokenizer_path) == ("http://s", "/m", "/t")
     assert (info.tp_size, info.dp_size, info.pp_size, info.dp_attention) == (2, 1, 1, False)
     assert (info.dtype, info.device, info.model_type) == ("bfloat16", "cpu", "qwen2")
-    assert (info.max_prompt_tokens, info.weight_version, info.version) == (99, "3", "0.5.23")
+    assert (info.max_input_len, info.weight_version, info.version) == (99, "3", "0.5.23")
 
 
 def test_what_a_server_need_not_say() -> None:
@@ -357,7 +358,7 @@ def test_what_a_server_need_not_say() -> None:
         "http://s", {"tp_size": 1, "dp_size": 1}, {"model_path": "/m"}, openapi(*ROUTES)
     )
     assert (info.tokenizer_path, info.model_type, info.dtype) == ("/m", None, "auto")
-    assert (info.pp_size, info.max_prompt_tokens, info.device) == (1, None, "cuda")
+    assert (info.pp_size, info.max_input_len, info.device) == (1, None, "cuda")
     assert (info.weight_version, info.version) == ("default", "unknown")
 
 
@@ -376,15 +377,6 @@ def test_what_a_server_need_not_say() -> None:
 def test_answers_of_something_else(server: Any, model: Any, api: Any) -> None:
     with pytest.raises(ConnectError):
         parse_worker_info("http://s", server, model, api)
-
-
-def test_prompt_lengths() -> None:
-    fits, long = GenerateRequest(input_ids=(1,) * 4), GenerateRequest(input_ids=(1,) * 5)
-    info = worker_info(max_req_input_len=4)
-    info.check_prompt_lengths([fits, GenerateRequest(text="text is measured by the server")])
-    with pytest.raises(PromptTooLongError, match="prompt 1 has 5 tokens; /m takes at most 4"):
-        info.check_prompt_lengths([fits, long])
-    worker_info().check_prompt_lengths([long])
 
 
 @pytest.mark.parametrize(
