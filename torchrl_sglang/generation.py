@@ -38,6 +38,7 @@ class GeneratingModel(ServedModel):
     """Generates with the servers behind a URL. Safe to use from several threads."""
 
     timeouts: Timeouts
+    run_name: str | None
 
     @property
     @abc.abstractmethod
@@ -249,7 +250,13 @@ class GeneratingModel(ServedModel):
         return Batch(
             requests=requests,
             adapters_in_use=in_use,
-            admission=Admission(self.gate, self._cache_salt, request_s, self._noticed),
+            admission=Admission(
+                self.gate,
+                self._known_version,
+                self._cache_salt if self.info.capabilities.cache_salt else None,
+                request_s,
+                self._noticed,
+            ),
             within_s=request_s - (time.monotonic() - start),
             seeded=self.info.features.deterministic,
             workers=tuple(w.url for w in cluster.workers) if cluster.behind_router else (),
@@ -313,9 +320,9 @@ class GeneratingModel(ServedModel):
     def sessions(self) -> Sessions:
         """The sessions that this service opened; closed with it."""
 
-    def _cache_salt(self) -> str | None:
-        """Separates prefixes cached under different weights, where the servers can."""
-        return salt_of(self._known_version()) if self.info.capabilities.cache_salt else None
+    def _cache_salt(self, version: str) -> str:
+        """Separates prefixes cached under different weights."""
+        return salt_of(version, self.run_name)
 
     def _known_version(self) -> str:
         return retried(lambda: self.weight_version, self.timeouts.retry_s)

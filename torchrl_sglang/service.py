@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .adapters import Adapters
+from .admission import check_run_name
 from .attach import Cluster, Credentials
 from .background import BackgroundLoop
 from .completions import INITIAL_VERSION
@@ -39,8 +40,13 @@ class AsyncSGLang(Members, SharedGeneration):
         api_key: its API key.
         admin_api_key: key of its control routes, where they have their own.
         timeouts: every bound on waiting.
+        run_name: keeps the cached prefixes of this run's weights apart from those of other runs, of
+            which versions have the same numbers: needed where servers keep their prefix cache in a
+            storage that runs share (HiCache), or that outlives them. The same in every process of a
+            run; a pickled copy has it.
 
     Raises:
+        ConfigError: a name that is none.
         ConnectError: nothing that is known answers there.
     """
 
@@ -51,8 +57,10 @@ class AsyncSGLang(Members, SharedGeneration):
         api_key: str | None = None,
         admin_api_key: str | None = None,
         timeouts: Timeouts | None = None,
+        run_name: str | None = None,
     ) -> None:
         self.timeouts = timeouts or Timeouts()
+        self.run_name = check_run_name(run_name)
         self._keys = Credentials(api_key=api_key, admin_api_key=admin_api_key)
         self._url = server_url
         self._set_local(LocalResources())
@@ -80,9 +88,16 @@ class AsyncSGLang(Members, SharedGeneration):
         api_key: str | None = None,
         admin_api_key: str | None = None,
         timeouts: Timeouts | None = None,
+        run_name: str | None = None,
     ) -> Self:
         """Attaches to a running router or server; arguments and errors as in the constructor."""
-        return cls(url, api_key=api_key, admin_api_key=admin_api_key, timeouts=timeouts)
+        return cls(
+            url,
+            api_key=api_key,
+            admin_api_key=admin_api_key,
+            timeouts=timeouts,
+            run_name=run_name,
+        )
 
     @classmethod
     def from_pretrained(
@@ -104,6 +119,7 @@ class AsyncSGLang(Members, SharedGeneration):
         log_dir: str | os.PathLike[str] | None = None,
         timeouts: Timeouts | None = None,
         server_env: Mapping[str, str] | None = None,
+        run_name: str | None = None,
         **server_args: Any,
     ) -> Self:
         """Starts servers and a router, and returns once they take requests.
@@ -126,6 +142,7 @@ class AsyncSGLang(Members, SharedGeneration):
             log_dir: folder for the logs; a new temporary one by default.
             timeouts: every bound on waiting.
             server_env: variables for the servers' environment, on top of this process's.
+            run_name: keeps cached prefixes of other runs apart, see `AsyncSGLang`.
             **server_args: further ``sglang.launch_server`` options, such as
                 ``mem_fraction_static=0.8``.
 
@@ -135,6 +152,7 @@ class AsyncSGLang(Members, SharedGeneration):
                 message, and nothing is left running.
         """
         timeouts = timeouts or Timeouts()
+        check_run_name(run_name)
         keys = Credentials.chosen(api_key, admin_api_key)
         server = ServerConfig(
             model_path=model_name,
@@ -165,6 +183,7 @@ class AsyncSGLang(Members, SharedGeneration):
                 api_key=keys.api_key,
                 admin_api_key=keys.admin_api_key,
                 timeouts=timeouts,
+                run_name=run_name,
             )
         except BaseException:
             fleet.stop()
@@ -274,9 +293,15 @@ class AsyncSGLang(Members, SharedGeneration):
         self.shutdown()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self._url, "keys": self._keys, "timeouts": self.timeouts}
+        return {
+            "url": self._url,
+            "keys": self._keys,
+            "timeouts": self.timeouts,
+            "run_name": self.run_name,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.run_name = state["run_name"]
         self._url, self._keys, self.timeouts = state["url"], state["keys"], state["timeouts"]
         self._set_local(LocalResources())
         remember(self)

@@ -32,7 +32,12 @@ from torchrl_sglang import (
     data_client,
 )
 from torchrl_sglang.calls import is_paused
-from torchrl_sglang.errors import PushError, RequestTimeoutError, ServiceBrokenError
+from torchrl_sglang.errors import (
+    ConfigError,
+    PushError,
+    RequestTimeoutError,
+    ServiceBrokenError,
+)
 from torchrl_sglang.weights.collective import in_thread
 from torchrl_sglang.weights.engines import Engines
 
@@ -438,3 +443,39 @@ def test_a_policy_at_a_url_uses_the_service_that_is_there(service: AsyncSGLang) 
     )
     assert policy.service is service
     assert len(policy(tokens_of(5, 6))[0]["tokens"].response) == 2
+
+
+# Runs that share a cache
+
+
+def test_runs_with_names_do_not_share_prefixes(
+    service: AsyncSGLang, proxy: FaultProxy, timeouts: Timeouts
+) -> None:
+    """Of one version, whose number says nothing of the weights; a copy belongs to its run."""
+    keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
+    prompt = [*range(200, 264)]
+
+    def cached(made: AsyncSGLang) -> int:
+        with made:
+            return int(made.generate(prompt, SAMPLING).cached_tokens)
+
+    def run(name: str | None) -> AsyncSGLang:
+        return AsyncSGLang.connect(proxy.url, run_name=name, timeouts=timeouts, **keys)
+
+    cached(run("one"))
+    assert cached(run("two")) == cached(run(None)) == 0
+    assert cached(run("one")) > 32
+    assert cached(pickle.loads(pickle.dumps(run("one")))) > 32
+    version = service.weight_version
+    names = ["one/", "two/", "", "one/", "one/"]
+    sent = [json.loads(body) for path, body in proxy.seen if path == "/generate"]
+    found = [body["extra_key"] for body in sent if "extra_key" in body]  # the rest is for attaching
+    assert found == [f"{name}weights-{version}" for name in names]
+
+
+@pytest.mark.parametrize("name", ["", 5, b"one", "a\ud83d"], ids=repr)
+def test_what_is_no_name_of_a_run(name: Any) -> None:
+    with pytest.raises(ConfigError, match="run_name"):
+        AsyncSGLang("http://127.0.0.1:1", run_name=name)
+    with pytest.raises(ConfigError, match="run_name"):
+        AsyncSGLang.from_pretrained("nowhere", run_name=name)

@@ -16,9 +16,11 @@ from torchrl_sglang.errors import (
     ConfigError,
     ConnectError,
     EmptyPromptError,
+    InputError,
     RequestAbortedError,
     ResponseError,
 )
+from torchrl_sglang.gate import UpdateGate
 from torchrl_sglang.info import (
     Capabilities,
     WorkerInfo,
@@ -27,6 +29,8 @@ from torchrl_sglang.info import (
     parse_worker_urls,
 )
 from torchrl_sglang.parsing import parse_completion
+from torchrl_sglang.posting import Body
+from torchrl_sglang.protocol import Returns
 
 REQUEST = GenerateRequest(input_ids=(1, 2, 3), rid="r1")
 Change = Callable[[dict[str, Any]], object]
@@ -398,3 +402,51 @@ def test_a_routers_list_of_workers(listed: Any, expected: list[str] | None) -> N
 @pytest.mark.parametrize("listed", [{"workers": [{}]}, {"workers": ["http://a"]}], ids=str)
 def test_a_list_of_something_else_is_no_routers(listed: Any) -> None:
     assert parse_worker_urls(listed) is None
+
+
+@pytest.mark.parametrize("value", [None, math.nan, -math.inf])
+@pytest.mark.parametrize("name", ["input_token_logprobs", "output_token_sampling_logprobs"])
+def test_no_log_prob_may_be_null(name: str, value: Any) -> None:
+    """SGLang writes null for what is not finite, as JSON has nothing else."""
+    returns = Returns(input_log_probs=True, sampling_mask=True)
+    request = GenerateRequest(input_ids=(1, 2, 3), rid="r1", returns=returns)
+    found = {
+        "input_token_logprobs": [[None, 1, None], [-1.0, 2, None], [-1.0, 3, None]],
+        "output_token_sampling_mask": [[7], [8], [9]],
+        "output_token_sampling_logprobs": [-1.0, -1.0, -1.0],
+    }
+    assert parse_completion(changed(meta(**found)), request).sampling_log_probs == [-1.0] * 3
+    if name == "input_token_logprobs":
+        found[name][2][0] = value
+    else:
+        found[name][2] = value
+    with pytest.raises(ResponseError, match=r"that of token 2.*do the weights hold NaN"):
+        parse_completion(changed(meta(**found)), request)
+
+
+def test_top_log_probs_of_tokens_that_are_ruled_out() -> None:
+    """By a mask, a grammar or a bias; where all are null, no distribution was there."""
+    request = GenerateRequest(input_ids=(1, 2, 3), rid="r1", returns=Returns(top_log_probs=2))
+    position = [[-0.1, 7, None], [None, 8, None]]
+    found = parse_completion(changed(meta(output_top_logprobs=[position] * 3)), request)
+    assert found.top_log_probs == [[(-0.1, 7), (-math.inf, 8)]] * 3
+    lost = [[None, 7, None], [None, 8, None]]
+    with pytest.raises(ResponseError, match=r"that of token 1.*do the weights hold NaN"):
+        parse_completion(changed(meta(output_top_logprobs=[position, lost, position])), request)
+
+
+@pytest.mark.parametrize("place", ["prompt", "sampled"])
+def test_a_hidden_state_may_not_be_null(place: str) -> None:
+    returns = Returns(hidden_states=True)
+    request = GenerateRequest(input_ids=(1, 2, 3), rid="r1", returns=returns)
+    states: Any = [[[1.0, 2.0]], [1.0, 2.0], [3.0, 4.0]]
+    assert parse_completion(changed(meta(hidden_states=states)), request).hidden_states == states
+    (states[0][0] if place == "prompt" else states[2])[1] = None
+    with pytest.raises(ResponseError, match=r"hidden state is not finite.*NaN"):
+        parse_completion(changed(meta(hidden_states=states)), request)
+
+
+@pytest.mark.parametrize("value", [{1}, 2**80, object()], ids=["set", "large", "object"])
+def test_what_json_can_not_say(value: Any) -> None:
+    with pytest.raises(InputError, match="request 'r1' can't be sent"):
+        Body({"rid": "r1", "input_ids": [value]}, UpdateGate(), 0)
