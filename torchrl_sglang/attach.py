@@ -15,7 +15,7 @@ from .client import ControlClient
 from .config import Timeouts
 from .errors import ConnectError, NoWorkersError, RequestRefusedError, ServiceError
 from .info import WorkerInfo, parse_worker_info, parse_worker_urls
-from .vocabulary import QUESTION, configured_vocab_size, told_vocab_size
+from .vocabulary import QUESTION, configured_eos_ids, configured_vocab_size, told_vocab_size
 
 # How long a server is waited for that answers only once it is not paused any more.
 PAUSED_S = 3.0
@@ -178,7 +178,12 @@ def _read_info(worker: ControlClient) -> WorkerInfo:
     except ServiceError as error:
         raise ConnectError(f"can't attach to {worker.url}: {error}") from error
     path = _model_folder(info.model_path, info.tokenizer_path)
-    return replace(info, model_path=path, vocab_size=_vocab_size(worker, path))
+    return replace(
+        info,
+        model_path=path,
+        vocab_size=_vocab_size(worker, path),
+        features=replace(info.features, eos_ids=configured_eos_ids(Path(path))),
+    )
 
 
 def _model_folder(model_path: str, tokenizer_path: str) -> str:

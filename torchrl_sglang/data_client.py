@@ -29,6 +29,7 @@ from .parsing import Group, never_ran, parse_completions
 from .posting import Body, PushBeganError
 from .protocol import GenerateRequest, passes_router
 from .room import fitted_to_refusal
+from .two_parts import TwoParts, both
 
 DESCRIPTORS_KEPT_FREE = 256
 ABORTED = 499  # what SGLang 0.5.17 answers for a request that was aborted while it waited
@@ -47,6 +48,7 @@ class Batch:
         positions: each request's index in its caller's own batch; None: as they are.
         arrive: called with the completions of each request as soon as it is finished.
         adapters_in_use: keeps what they name loaded while the batch lives.
+        two_parts: how servers without a tokenizer serve ``min_new_tokens``; None: they have one.
     """
 
     requests: Sequence[GenerateRequest]
@@ -57,6 +59,7 @@ class Batch:
     positions: Sequence[int] | None = None
     arrive: Callable[[list[Completion]], None] | None = None
     adapters_in_use: object = None
+    two_parts: TwoParts | None = None
 
     def position(self, index: int) -> int:
         """Where a request stands in its caller's own batch."""
@@ -183,12 +186,36 @@ class DataClient:
     async def _generate(
         self, request: GenerateRequest, batch: Batch, index: int
     ) -> list[Completion]:
+        """One request, or two where the servers can't serve it in one."""
+        parts = batch.two_parts
+        if parts is None or not parts.apply(request):
+            return await self._sent(request, batch, index)
+        first = await self._sent(parts.first(request), batch, index)
+
+        async def whole(sample: int, begun: Completion) -> Completion:
+            rest = parts.rest(request, begun, sample, batch.seeded)
+            if rest is None:
+                return begun
+            known_as = request.rid if request.num_samples == 1 else None
+            (ended,) = await self._sent(rest, batch, index, known_as)
+            return both(begun, ended)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(whole(*sample)) for sample in enumerate(first)]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _sent(
+        self, request: GenerateRequest, batch: Batch, index: int, known_as: str | None = None
+    ) -> list[Completion]:
         """One request; sent again where the connection or the server failed, never refused ones.
 
         Each attempt goes through the gate, up to the moment in which it is written.
         """
-        clock = asyncio.get_running_loop().time
-        give_up, attempt, first_rid = None, 1, request.rid
+        clock, rid = asyncio.get_running_loop().time, request.rid
+        give_up, attempt, first_rid = None, 1, known_as or request.rid
         ticket: Ticket | None = None
         try:
             while True:
@@ -209,7 +236,7 @@ class DataClient:
                         error.add_note(at)
                         raise
                 await asyncio.sleep(backoff)
-                request = replace(request, rid=f"{first_rid}-{attempt}")
+                request = replace(request, rid=f"{rid}-{attempt}")
                 attempt += 1
         finally:
             self._sent_rids.pop(first_rid, None)

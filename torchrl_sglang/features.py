@@ -28,6 +28,7 @@ class Features:
         max_adapters: how many it holds at once; None: any number.
         sessions: it holds sessions.
         images, audio: the model understands them.
+        eos_ids: ids at which a row ends by itself; None where nothing tells.
     """
 
     tokenizer: bool = True
@@ -41,6 +42,7 @@ class Features:
     sessions: bool = False
     images: bool = False
     audio: bool = False
+    eos_ids: tuple[int, ...] | None = None
 
     def check(self, request: GenerateRequest) -> None:
         """Raises `UnsupportedOptionError` for a request that this server would refuse, or worse.
@@ -74,7 +76,6 @@ class Features:
             "text": request.text is not None,
             "stop": bool(sampling.stop),
             "stop_regex": bool(sampling.stop_regex),
-            "min_new_tokens": sampling.min_new_tokens > 0,
             sampling.grammar or "": sampling.grammar is not None,
         }
         asked = [name for name, given in needs.items() if given]

@@ -29,6 +29,7 @@ from .sampling import SamplingParams
 from .seeds import own_seeds
 from .served import ServedModel
 from .sessions import SESSION_CAPACITY, SESSION_TIMEOUT_S, Session, Sessions
+from .two_parts import TwoParts, check_parts
 from .vocabulary import check_ids
 
 Prompts = str | GenerateRequest | Sequence[int] | Sequence[str | Sequence[int] | GenerateRequest]
@@ -259,6 +260,7 @@ class GeneratingModel(ServedModel):
             ),
             within_s=request_s - (time.monotonic() - start),
             seeded=self.info.features.deterministic,
+            two_parts=self._two_parts,
             workers=tuple(w.url for w in cluster.workers) if cluster.behind_router else (),
         )
 
@@ -275,9 +277,18 @@ class GeneratingModel(ServedModel):
         check_room(batch, self.max_input_len, info.model_path)
         check_ids(batch, info.vocab_size)
         for features in {each.features for each in self.cluster.infos}:
+            check_parts(batch, features)
             for request in batch:
                 features.check(request)
         self.lora.check(each.lora for each in batch)  # SGLang itself would load it again
+
+    @property
+    def _two_parts(self) -> TwoParts | None:
+        features = [each.features for each in self.cluster.infos]
+        if all(each.tokenizer for each in features):
+            return None
+        eos_ids = {id_ for each in features for id_ in each.eos_ids or ()}
+        return TwoParts(eos_ids=tuple(eos_ids), max_input_len=self.max_input_len)
 
     @property
     def max_input_len(self) -> int | None:

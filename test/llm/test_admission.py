@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -453,7 +454,7 @@ def test_runs_with_names_do_not_share_prefixes(
 ) -> None:
     """Of one version, whose number says nothing of the weights; a copy belongs to its run."""
     keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
-    prompt = [*range(200, 264)]
+    prompt = list(uuid.uuid4().bytes * 4)  # that no cache has
 
     def cached(made: AsyncSGLang) -> int:
         with made:

@@ -170,6 +170,7 @@ def test_one_home_for_each_outside_thing(package: str, homes: list[str]) -> None
         ("seeds", ["protocol", "sampling"]),
         ("features", ["errors", "protocol"]),
         ("info", ["errors", "completions", "features"]),
+        ("two_parts", ["errors", "completions", "features", "partial", "protocol", "room"]),
         ("vocabulary", ["errors", "protocol"]),
         ("batching", ["errors"]),
         ("adapter_folder", ["errors", "hosts"]),
