@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .client import retried
 from .completions import Completion
 from .errors import ConfigError
 from .gate import UpdateGate
@@ -37,6 +38,8 @@ class Admission:
         version: the version of the weights that the servers run; may ask them, and block.
         salt: the salt of a version; None: the servers take none.
         timeout_s: how long a push is waited for now.
+        retry_s: how long servers are asked now that fail to answer; for later tickets once, as
+            whoever asks tries again himself.
         noticed: called with a version that the servers run and the salt does not name.
 
     Raises:
@@ -50,6 +53,7 @@ class Admission:
         version: Callable[[], str],
         salt: Callable[[str], str] | None,
         timeout_s: float,
+        retry_s: float,
         noticed: Callable[[str], None],
     ) -> None:
         self.gate = gate
@@ -58,7 +62,7 @@ class Admission:
         self._noticed = noticed
         self._renewing = asyncio.Lock()
         epoch = gate.wait_until_open(timeout_s)  # before the salt: a push in between makes it stale
-        self._ticket = Ticket(epoch, self._salt())
+        self._ticket = Ticket(epoch, retried(self._salt, retry_s))
 
     def _salt(self) -> str | None:
         return None if self._salt_of is None else self._salt_of(self._version())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import enum
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 from .client import ControlClient
 from .config import Timeouts
@@ -24,12 +26,25 @@ ASK_S = 2.0  # how long a server that is not paused takes at most to refuse a re
 End = Callable[[ServiceError], None]
 
 
+class Looks(enum.Enum):
+    """What a server looks like from outside.
+
+    ``SILENT``: it takes connections and answers nothing, as SGLang does for a minute or more after
+    a process of its own has crashed.
+    """
+
+    ANSWERS = "answers"
+    PAUSED = "paused"
+    SILENT = "silent"
+
+
 class Calls:
     """The calls under way on one event loop.
 
     A server that is paused keeps every request, and says nothing, for as long as it is paused. So
     calls end when a push of this process fails, and when servers stay paused for
-    ``Timeouts.paused_s`` by another one's.
+    ``Timeouts.paused_s`` by another one's. So does every server, for ``Timeouts.retry_s``, that has
+    lost a process; where others answer, a router sends its requests to them.
 
     Args:
         gate: tells of this process's pushes.
@@ -53,7 +68,7 @@ class Calls:
         Raises:
             TimeoutError: it took longer than ``within_s``.
             ServiceBrokenError: a push failed meanwhile.
-            RequestTimeoutError: servers stay paused.
+            RequestTimeoutError: servers stay paused, or none answers anything.
         """
         loop, reasons = asyncio.get_running_loop(), list[ServiceError]()
 
@@ -89,32 +104,56 @@ class Calls:
                 self._watcher = None
 
     async def _watch(self) -> None:
-        """Ends all calls once a server has been paused for too long."""
-        clock, limit_s = asyncio.get_running_loop().time, self._timeouts.paused_s
-        since: dict[str, float] = {}
+        """Ends all calls once a server has been paused for too long, or all have been silent."""
+        paused_s, silent_s = self._timeouts.paused_s, self._timeouts.retry_s
+        paused, silent = _Lasting(Looks.PAUSED, paused_s), _Lasting(Looks.SILENT, silent_s)
         while True:
-            await asyncio.sleep(min(CHECK_S, limit_s / 4))
-            paused = await self._paused()
-            since = {url: since.get(url, clock()) for url in paused}
-            stuck = [url for url, start in since.items() if clock() - start >= limit_s]
-            if stuck:
-                for end in tuple(self._ends):
-                    end(_stuck_error(stuck, limit_s))
+            await asyncio.sleep(min(CHECK_S, paused_s / 4, silent_s / 4))
+            looks = await self._looks()
+            if stuck := paused.after(looks):
+                self._end(_stuck_error(stuck, paused_s))
+            gone = silent.after(looks)
+            if gone and len(gone) == len(looks):
+                self._end(_silent_error(gone, silent_s))
 
-    async def _paused(self) -> list[str]:
-        """The servers that are paused, but not by a push of this process, which is bounded."""
+    def _end(self, reason: ServiceError) -> None:
+        for end in tuple(self._ends):
+            end(reason)
+
+    async def _looks(self) -> dict[str, Looks]:
+        """What servers look like; nothing during a push of this process, which is bounded."""
         workers, ours = self._workers(), ServiceState.UPDATING
         if self._gate.state is ours:
-            return []
-        asked = [asyncio.to_thread(is_paused, worker) for worker in workers]
+            return {}
+        asked = [asyncio.to_thread(looks_of, worker) for worker in workers]
         answers = await asyncio.gather(*asked)
         if self._gate.state is ours:
-            return []
-        return [worker.url for worker, paused in zip(workers, answers, strict=True) if paused]
+            return {}
+        return {worker.url: looks for worker, looks in zip(workers, answers, strict=True)}
+
+
+class _Lasting:
+    """Which servers have looked like something for so many seconds, at every look."""
+
+    def __init__(self, like: Looks, limit_s: float) -> None:
+        self._like, self._limit_s = like, limit_s
+        self._since: dict[str, float] = {}
+
+    def after(self, looks: Mapping[str, Looks]) -> list[str]:
+        """URLs, after another look."""
+        now = time.monotonic()
+        alike = [url for url, each in looks.items() if each is self._like]
+        self._since = {url: self._since.get(url, now) for url in alike}
+        return [url for url, start in self._since.items() if now - start >= self._limit_s]
 
 
 def is_paused(worker: ControlClient) -> bool:
-    """Whether a server is paused. Takes up to two times `ASK_S` if it is.
+    """Whether a server is paused, see `looks_of`."""
+    return looks_of(worker) is Looks.PAUSED
+
+
+def looks_of(worker: ControlClient) -> Looks:
+    """What a server looks like. Takes up to two times `ASK_S` if it is paused.
 
     SGLang says since 0.5.20 whether it is ready, which a server that works on a long prompt may not
     be either. So one that is not has to refuse a request, which takes no scheduler and no GPU, but
@@ -122,19 +161,29 @@ def is_paused(worker: ControlClient) -> bool:
     """
     try:
         worker.get("/ready", timeout_s=ASK_S)
+    except RequestTimeoutError:
+        return Looks.SILENT
     except (RequestRefusedError, ServerFailedError):
         pass
     except ServiceError:
-        return False  # it is gone, which its requests find out
+        return Looks.ANSWERS  # or it is gone, which its requests find out
     else:
-        return False
+        return Looks.ANSWERS
     try:
         worker.post("/generate", QUESTION, timeout_s=ASK_S)
     except RequestTimeoutError:
-        return True
+        return Looks.PAUSED
     except ServiceError:
-        return False
-    return False
+        pass
+    return Looks.ANSWERS
+
+
+def _silent_error(urls: Sequence[str], silent_s: float) -> RequestTimeoutError:
+    return RequestTimeoutError(
+        f"no server has answered anything for {silent_s:g} s (Timeouts.retry_s): "
+        f"{', '.join(urls)}. SGLang is like that after one of its processes has crashed: look into "
+        "the servers' logs, and start them again."
+    )
 
 
 def _stuck_error(urls: Sequence[str], paused_s: float) -> RequestTimeoutError:

@@ -70,6 +70,11 @@ class Features:
         if returns.sampling_mask:
             self._check_sampling_mask(request)
 
+    def check_openai(self) -> None:
+        """Raises `UnsupportedOptionError` where chats and texts can't be served."""
+        if not self.tokenizer:
+            raise UnsupportedOptionError(OPENAI)
+
     def _check_without_tokenizer(self, request: GenerateRequest) -> None:
         sampling = request.sampling
         needs = {
@@ -107,6 +112,11 @@ class Features:
             )
 
 
+OPENAI = (
+    "chats and texts of OpenAI's clients need the servers' tokenizer, which these run without "
+    "(skip_tokenizer_init): start them with it, or generate from ids, with service.generate or "
+    "SGLangWrapper, which has a tokenizer of its own."
+)
 MIN_P = (
     "min_p is given, but servers that sample deterministically end where one request has it: use "
     "top_p, or start them without enable_deterministic_inference."

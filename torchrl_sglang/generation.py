@@ -253,9 +253,10 @@ class GeneratingModel(ServedModel):
             adapters_in_use=in_use,
             admission=Admission(
                 self.gate,
-                self._known_version,
+                lambda: self.weight_version,
                 self._cache_salt if self.info.capabilities.cache_salt else None,
                 request_s,
+                self.timeouts.retry_s,
                 self._noticed,
             ),
             within_s=request_s - (time.monotonic() - start),

@@ -211,7 +211,12 @@ class AsyncSGLang(Members, SharedGeneration):
 
     @property
     def openai_base_url(self) -> str:
-        """What OpenAI's clients take as ``base_url``; their ``api_key`` is `api_key`."""
+        """What OpenAI's clients take as ``base_url``; their ``api_key`` is `api_key`.
+
+        Raises:
+            UnsupportedOptionError: the servers run without a tokenizer.
+        """
+        self.info.features.check_openai()
         return self.server_url + "/v1"
 
     @property

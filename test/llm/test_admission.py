@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -32,13 +33,16 @@ from torchrl_sglang import (
     WeightSyncConfig,
     data_client,
 )
-from torchrl_sglang.calls import is_paused
+from torchrl_sglang.calls import Calls, Looks, is_paused, looks_of
+from torchrl_sglang.client import ControlClient
 from torchrl_sglang.errors import (
     ConfigError,
     PushError,
     RequestTimeoutError,
+    ServerFailedError,
     ServiceBrokenError,
 )
+from torchrl_sglang.gate import UpdateGate
 from torchrl_sglang.weights.collective import in_thread
 from torchrl_sglang.weights.engines import Engines
 
@@ -444,6 +448,62 @@ def test_a_policy_at_a_url_uses_the_service_that_is_there(service: AsyncSGLang) 
     )
     assert policy.service is service
     assert len(policy(tokens_of(5, 6))[0]["tokens"].response) == 2
+
+
+# Servers that answer nothing
+
+
+@pytest.fixture
+def deaf() -> Iterator[ControlClient]:
+    """What takes connections and answers nothing, as SGLang once one of its processes crashed."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield ControlClient(url, api_key=None, admin_api_key=None, timeouts=Timeouts())
+
+
+def test_a_call_does_not_wait_for_servers_that_answer_nothing(
+    proxy: FaultProxy, service: AsyncSGLang
+) -> None:
+    keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
+    timeouts = Timeouts(request_s=60.0, retry_s=1.0)
+    with AsyncSGLang.connect(proxy.url, timeouts=timeouts, **keys) as external:
+        proxy.faults = dict.fromkeys(("/ready", "/generate", "/health"), Fault(delay_s=40.0))
+        start = time.monotonic()
+        with pytest.raises(RequestTimeoutError, match="answered anything for 1 s") as caught:
+            external.generate(PROMPT, SAMPLING)
+        assert time.monotonic() - start < 12.0
+        assert proxy.url in str(caught.value)
+
+
+def test_it_waits_for_those_that_answer(service: AsyncSGLang, deaf: ControlClient) -> None:
+    """A router sends them what the others have lost."""
+    timeouts = Timeouts(retry_s=0.5, paused_s=0.5)
+    assert [looks_of(each) for each in (deaf, service.workers[0])] == [Looks.SILENT, Looks.ANSWERS]
+
+    async def wait(*workers: ControlClient) -> None:
+        async with Calls(UpdateGate(), lambda: workers, timeouts).bounded(8.0):
+            await asyncio.sleep(7.0)
+
+    asyncio.run(wait(deaf, service.workers[0]))
+    with pytest.raises(RequestTimeoutError, match=deaf.url):
+        asyncio.run(wait(deaf))
+
+
+def test_asking_for_the_version_again_takes_no_time_of_its_own(
+    proxy: FaultProxy, service: AsyncSGLang
+) -> None:
+    """Each attempt asks it; the time to try again is that of the request alone."""
+    keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
+    retry_s = 4.0
+    timeouts = Timeouts(request_s=60.0, retry_s=retry_s)
+    with AsyncSGLang.connect(proxy.url, timeouts=timeouts, **keys) as external:
+        proxy.faults["/generate"] = Fault(status=503)
+        # The first ticket gets its version.
+        proxy.faults["/model_info"] = Fault(status=503, after=1)
+        start = time.monotonic()
+        with pytest.raises(ServerFailedError):
+            external.generate(PROMPT, SAMPLING)
+        assert time.monotonic() - start < 1.4 * retry_s
 
 
 # Runs that share a cache

@@ -145,6 +145,12 @@ def test_the_server_refuses_the_same(bare: AsyncSGLang, options: dict[str, Any])
         bare.workers[0].post("/generate", body)
 
 
+def test_openai_clients_get_no_address(bare: AsyncSGLang) -> None:
+    """The server itself answers a chat with 500: 'NoneType' object has no attribute ..."""
+    with pytest.raises(UnsupportedOptionError, match=r"skip_tokenizer_init.*service\.generate"):
+        bare.openai_base_url  # noqa: B018
+
+
 # A fewest number of tokens, in two requests
 
 ENDS = {"logit_bias": {EOS: 8.0}}  # so that most rows would end at once
