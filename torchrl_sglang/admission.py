@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from .client import retried
 from .completions import Completion
+from .errors import ConfigError
 from .gate import UpdateGate
+from .sampling import is_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +35,11 @@ class Admission:
 
     Args:
         gate: holds the call while weights change.
-        salt: the salt of the weights that the servers run; may ask them, and block.
+        version: the version of the weights that the servers run; may ask them, and block.
+        salt: the salt of a version; None: the servers take none.
         timeout_s: how long a push is waited for now.
+        retry_s: how long servers are asked now that fail to answer; for later tickets once, as
+            whoever asks tries again himself.
         noticed: called with a version that the servers run and the salt does not name.
 
     Raises:
@@ -43,16 +50,22 @@ class Admission:
     def __init__(
         self,
         gate: UpdateGate,
-        salt: Callable[[], str | None],
+        version: Callable[[], str],
+        salt: Callable[[str], str] | None,
         timeout_s: float,
+        retry_s: float,
         noticed: Callable[[str], None],
     ) -> None:
         self.gate = gate
-        self._salt = salt
+        self._version = version
+        self._salt_of = salt
         self._noticed = noticed
         self._renewing = asyncio.Lock()
         epoch = gate.wait_until_open(timeout_s)  # before the salt: a push in between makes it stale
-        self._ticket = Ticket(epoch, salt())
+        self._ticket = Ticket(epoch, retried(self._salt, retry_s))
+
+    def _salt(self) -> str | None:
+        return None if self._salt_of is None else self._salt_of(self._version())
 
     async def ticket(self, used: Ticket | None = None) -> Ticket:
         """A ticket that is good now; waits while weights change.
@@ -78,10 +91,21 @@ class Admission:
     def note(self, ticket: Ticket, completions: Sequence[Completion]) -> None:
         """Takes note of what sampled the completions of an attempt."""
         version = completions[-1].weight_version
-        if version is not None and ticket.cache_salt != salt_of(version):
+        if version is None:
+            return
+        if self._salt_of is None or ticket.cache_salt != self._salt_of(version):
             self._noticed(version)
 
 
-def salt_of(version: str) -> str:
-    """The salt of a version of the weights."""
-    return f"weights-{version}"
+def salt_of(version: str, run_name: str | None = None) -> str:
+    """The salt of a version of the weights, and of the run that they are of."""
+    salt = f"weights-{version}"
+    return salt if run_name is None else f"{run_name}/{salt}"
+
+
+def check_run_name(name: Any) -> str | None:
+    """Raises `ConfigError` for a name that can't be part of a salt."""
+    if name is None or (is_text(name) and name):
+        checked: str | None = name
+        return checked
+    raise ConfigError(f"run_name={name!r:.100}: must be a string, not empty, or None.")

@@ -23,7 +23,7 @@ from .errors import (
     ServiceError,
 )
 from .info import WorkerInfo, parse_worker_info, parse_worker_urls
-from .vocabulary import QUESTION, configured_vocab_size, told_vocab_size
+from .vocabulary import QUESTION, configured_eos_ids, configured_vocab_size, told_vocab_size
 
 # How long a server is waited for that answers only once it is not paused any more.
 PAUSED_S = 3.0
@@ -260,7 +260,9 @@ def _asked(worker: ControlClient) -> _Answer:
     info = parse_worker_info(worker.url, server_info, model_info, openapi)
     path = _model_folder(info.model_path, info.tokenizer_path)
     size, paused = _vocab_size(worker, path)
-    return _Answer(info=replace(info, model_path=path, vocab_size=size), paused=paused)
+    features = replace(info.features, eos_ids=configured_eos_ids(Path(path)))
+    info = replace(info, model_path=path, vocab_size=size, features=features)
+    return _Answer(info=info, paused=paused)
 
 
 def _model_folder(model_path: str, tokenizer_path: str) -> str:

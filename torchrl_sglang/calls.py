@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
+import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -41,12 +43,25 @@ class Recovery(Protocol):
         """
 
 
+class Looks(enum.Enum):
+    """What a server looks like from outside.
+
+    ``SILENT``: it takes connections and answers nothing, as SGLang does for a minute or more after
+    a process of its own has crashed.
+    """
+
+    ANSWERS = "answers"
+    PAUSED = "paused"
+    SILENT = "silent"
+
+
 class Calls:
     """The calls under way on one event loop.
 
     A server that is paused keeps every request, and says nothing, for as long as it is paused. So
     calls end when a push of this process fails, and when servers stay paused for
-    ``Timeouts.paused_s`` by another one's.
+    ``Timeouts.paused_s`` by another one's. So does every server, for ``Timeouts.retry_s``, that has
+    lost a process; where others answer, a router sends its requests to them.
 
     Args:
         gate: tells of this process's pushes.
@@ -77,7 +92,7 @@ class Calls:
         Raises:
             TimeoutError: it took longer than ``within_s``.
             ServiceBrokenError: a push failed meanwhile.
-            RequestTimeoutError: servers stay paused.
+            RequestTimeoutError: servers stay paused, or none answers anything.
             ConnectError: the router, or every server, of this process died and stays dead.
         """
         loop, reasons = asyncio.get_running_loop(), list[ServiceError]()
@@ -130,35 +145,74 @@ class Calls:
         return True
 
     async def _watch(self) -> None:
-        """Ends all calls once a server has been paused for too long."""
-        clock, limit_s = asyncio.get_running_loop().time, self._timeouts.paused_s
-        wait_s = often_s = min(CHECK_S, limit_s / 4)
-        since: dict[str, float] = {}
+        """Ends all calls once a server has been paused for too long, or all have been silent."""
+        clock = asyncio.get_running_loop().time
+        paused = _Lasting(Looks.PAUSED, self._timeouts.paused_s)
+        silent = _Lasting(Looks.SILENT, self._timeouts.retry_s)
+        wait_s = often_s = min(CHECK_S, paused.limit_s / 4, silent.limit_s / 4)
         while True:
             await asyncio.sleep(wait_s)
-            asked_at = clock()  # who is paused keeps the answer from then on
-            since = {url: since.get(url, asked_at) for url in await self._paused()}
-            stuck = {url: clock() - at for url, at in since.items() if clock() - at >= limit_s}
-            if stuck:
-                for end in tuple(self._ends):
-                    end(_stuck_error(stuck, limit_s))
-            due_s = min(since.values(), default=clock()) + limit_s - clock()
+            asked_at = clock()  # what keeps an answer does so from then on
+            looks = await self._looks()
+            for lasting in (paused, silent):
+                lasting.note(looks, asked_at)
+            if stuck := paused.too_long(clock()):
+                self._end(_stuck_error(stuck, paused.limit_s))
+            gone = silent.too_long(clock())
+            if gone and len(gone) == len(looks):
+                self._end(_silent_error(gone, silent.limit_s))
+            due_s = min(lasting.due_s(clock()) for lasting in (paused, silent))
             wait_s = max(min(often_s, due_s - ASK_S), SOON_S)
 
-    async def _paused(self) -> list[str]:
-        """The servers that are paused, but not by a push of this process, which is bounded."""
+    def _end(self, reason: ServiceError) -> None:
+        for end in tuple(self._ends):
+            end(reason)
+
+    async def _looks(self) -> dict[str, Looks]:
+        """What servers look like; nothing during a push of this process, which is bounded."""
         workers, ours = self._workers(), ServiceState.UPDATING
         if self._gate.state is ours:
-            return []
-        asked = [asyncio.to_thread(is_paused, worker) for worker in workers]
+            return {}
+        asked = [asyncio.to_thread(looks_of, worker) for worker in workers]
         answers = await asyncio.gather(*asked)
         if self._gate.state is ours:
-            return []
-        return [worker.url for worker, paused in zip(workers, answers, strict=True) if paused]
+            return {}
+        return {worker.url: looks for worker, looks in zip(workers, answers, strict=True)}
+
+
+class _Lasting:
+    """Which servers have looked alike at every look, and since when.
+
+    Args:
+        like: how.
+        limit_s: for how long they may.
+    """
+
+    def __init__(self, like: Looks, limit_s: float) -> None:
+        self._like, self.limit_s = like, limit_s
+        self._since: dict[str, float] = {}
+
+    def note(self, looks: Mapping[str, Looks], now: float) -> None:
+        """Takes note of a look at ``now``."""
+        alike = [url for url, each in looks.items() if each is self._like]
+        self._since = {url: self._since.get(url, now) for url in alike}
+
+    def too_long(self, now: float) -> dict[str, float]:
+        """Servers that have looked so for the limit, with the seconds."""
+        return {url: now - at for url, at in self._since.items() if now - at >= self.limit_s}
+
+    def due_s(self, now: float) -> float:
+        """Seconds until the first of them has done so for the limit."""
+        return min(self._since.values(), default=math.inf) + self.limit_s - now
 
 
 def is_paused(worker: ControlClient) -> bool:
-    """Whether a server is paused. Takes up to two times `ASK_S` if it is.
+    """Whether a server is paused, see `looks_of`."""
+    return looks_of(worker) is Looks.PAUSED
+
+
+def looks_of(worker: ControlClient) -> Looks:
+    """What a server looks like. Takes up to two times `ASK_S` if it is paused.
 
     SGLang says since 0.5.20 whether it is ready, which a server that works on a long prompt may not
     be either. So one that is not has to refuse a request, which takes no scheduler and no GPU, but
@@ -166,19 +220,29 @@ def is_paused(worker: ControlClient) -> bool:
     """
     try:
         worker.get("/ready", timeout_s=ASK_S)
+    except RequestTimeoutError:
+        return Looks.SILENT
     except (RequestRefusedError, ServerFailedError):
         pass
     except ServiceError:
-        return False  # it is gone, which its requests find out
+        return Looks.ANSWERS  # or it is gone, which its requests find out
     else:
-        return False
+        return Looks.ANSWERS
     try:
         worker.post("/generate", QUESTION, timeout_s=ASK_S)
     except RequestTimeoutError:
-        return True
+        return Looks.PAUSED
     except ServiceError:
-        return False
-    return False
+        pass
+    return Looks.ANSWERS
+
+
+def _silent_error(gone_s: Mapping[str, float], limit_s: float) -> RequestTimeoutError:
+    return RequestTimeoutError(
+        f"no server has answered anything for {max(gone_s.values()):.1f} s (Timeouts.retry_s is "
+        f"{limit_s:g} s): {', '.join(gone_s)}. SGLang is like that after one of its processes "
+        "has crashed: look into the servers' logs, and start them again."
+    )
 
 
 def _stuck_error(stuck_s: Mapping[str, float], limit_s: float) -> RequestTimeoutError:

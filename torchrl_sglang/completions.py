@@ -44,7 +44,8 @@ class Completion:
         sampling_log_probs: log-prob of each sampled token among the ids kept.
         hidden_states: the prompt's rows first, without those of a cached prefix, of which the last
             is what the first token was sampled from; then one row per further token.
-        routed_experts: base64 of int32 ``[tokens, layers, top_k]``.
+        routed_experts: base64 of int32 ``[tokens, layers, top_k]``, of all tokens but the last; -1
+            for tokens that were computed anew under other weights than those that sampled them.
     """
 
     rid: str

@@ -19,14 +19,17 @@ from .completions import Completion
 from .config import Timeouts
 from .errors import (
     ConnectError,
+    RequestRefusedError,
     RequestTimeoutError,
     ServerFailedError,
-    ServiceError,
+    SGLangError,
     UnsupportedOptionError,
 )
 from .parsing import Group, never_ran, parse_completions
 from .posting import Body, PushBeganError
 from .protocol import GenerateRequest, passes_router
+from .room import fitted_to_refusal
+from .two_parts import TwoParts, both
 
 DESCRIPTORS_KEPT_FREE = 256
 ABORTED = 499  # what SGLang 0.5.17 answers for a request that was aborted while it waited
@@ -45,6 +48,7 @@ class Batch:
         positions: each request's index in its caller's own batch; None: as they are.
         arrive: called with the completions of each request as soon as it is finished.
         adapters_in_use: keeps what they name loaded while the batch lives.
+        two_parts: how servers without a tokenizer serve ``min_new_tokens``; None: they have one.
     """
 
     requests: Sequence[GenerateRequest]
@@ -55,6 +59,7 @@ class Batch:
     positions: Sequence[int] | None = None
     arrive: Callable[[list[Completion]], None] | None = None
     adapters_in_use: object = None
+    two_parts: TwoParts | None = None
 
     def position(self, index: int) -> int:
         """Where a request stands in its caller's own batch."""
@@ -119,7 +124,7 @@ class DataClient:
             group: Group
             try:
                 group = await self._generate(request, batch, index)
-            except ServiceError as error:
+            except SGLangError as error:
                 group = error
             waiting.discard(index)
             arrive(index, group)
@@ -182,12 +187,36 @@ class DataClient:
     async def _generate(
         self, request: GenerateRequest, batch: Batch, index: int
     ) -> list[Completion]:
+        """One request, or two where the servers can't serve it in one."""
+        parts = batch.two_parts
+        if parts is None or not parts.apply(request):
+            return await self._sent(request, batch, index)
+        first = await self._sent(parts.first(request), batch, index)
+
+        async def whole(sample: int, begun: Completion) -> Completion:
+            rest = parts.rest(request, begun, sample, batch.seeded)
+            if rest is None:
+                return begun
+            known_as = request.rid if request.num_samples == 1 else None
+            (ended,) = await self._sent(rest, batch, index, known_as)
+            return both(begun, ended)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(whole(*sample)) for sample in enumerate(first)]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _sent(
+        self, request: GenerateRequest, batch: Batch, index: int, known_as: str | None = None
+    ) -> list[Completion]:
         """One request; sent again where the connection or the server failed, never refused ones.
 
         Each attempt goes through the gate, up to the moment in which it is written.
         """
-        clock = asyncio.get_running_loop().time
-        give_up, attempt, first_rid = None, 1, request.rid
+        clock, rid = asyncio.get_running_loop().time, request.rid
+        give_up, attempt, first_rid = None, 1, known_as or request.rid
         ticket: Ticket | None = None
         try:
             while True:
@@ -196,16 +225,10 @@ class DataClient:
                     ticket = await batch.admission.ticket(last)
                     if last is not None and ticket.epoch != last.epoch:
                         give_up = None  # what failed before may have been started again meanwhile
-                    fields = request.bodies(batch.seeded, ticket.cache_salt)
-                    self._sent_rids[first_rid] = _rids(fields, request)
-                    body = Body(fields, batch.admission.gate, ticket.epoch)
-                    url = self._destination(request, fields, batch) + "/generate"
-                    completions = await self._post(url, request, body)
-                    batch.admission.note(ticket, completions)
-                    return completions
+                    return await self._attempt(request, batch, ticket, first_rid)
                 except PushBeganError:
                     continue  # nothing was sent
-                except ServiceError as error:
+                except SGLangError as error:
                     give_up = give_up or clock() + self._timeouts.retry_s
                     backoff = backoff_s(attempt)
                     retriable = isinstance(error, ServerFailedError | ConnectError)
@@ -216,10 +239,28 @@ class DataClient:
                 if await self._calls.recovered():
                     give_up = None
                 await asyncio.sleep(backoff)
-                request = replace(request, rid=f"{first_rid}-{attempt}")
+                request = replace(request, rid=f"{rid}-{attempt}")
                 attempt += 1
         finally:
             self._sent_rids.pop(first_rid, None)
+
+    async def _attempt(
+        self, request: GenerateRequest, batch: Batch, ticket: Ticket, first_rid: str
+    ) -> list[Completion]:
+        """One attempt; where the server counted more tokens than fit, one that asks for fewer."""
+        fields = request.bodies(batch.seeded, ticket.cache_salt)
+        self._sent_rids[first_rid] = _rids(fields, request)
+        body = Body(fields, batch.admission.gate, ticket.epoch)
+        url = self._destination(request, fields, batch) + "/generate"
+        try:
+            completions = await self._post(url, request, body)
+        except RequestRefusedError as error:
+            smaller = fitted_to_refusal(request, error.body)
+            if smaller is None:
+                raise
+            return await self._attempt(smaller, batch, ticket, first_rid)
+        batch.admission.note(ticket, completions)
+        return completions
 
     def sent_rids(self, rid: str) -> Sequence[str]:
         """The ids under which a request is known to a server now.

@@ -36,7 +36,7 @@ class RLSGLangEngine(abc.ABC):
         """Folder or hub name of the model."""
 
     @abc.abstractmethod
-    def generate(self, prompts: Any, sampling_params: Any = None) -> Any:
+    def generate(self, prompts: Any = None, sampling_params: Any = None, **options: Any) -> Any:
         """Completes one prompt or many."""
 
     @abc.abstractmethod

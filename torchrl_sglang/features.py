@@ -28,6 +28,7 @@ class Features:
         max_adapters: how many it holds at once; None: any number.
         sessions: it holds sessions.
         images, audio: the model understands them.
+        eos_ids: ids at which a row ends by itself; None where nothing tells.
     """
 
     tokenizer: bool = True
@@ -41,6 +42,7 @@ class Features:
     sessions: bool = False
     images: bool = False
     audio: bool = False
+    eos_ids: tuple[int, ...] | None = None
 
     def check(self, request: GenerateRequest) -> None:
         """Raises `UnsupportedOptionError` for a request that this server would refuse, or worse.
@@ -68,13 +70,17 @@ class Features:
         if returns.sampling_mask:
             self._check_sampling_mask(request)
 
+    def check_openai(self) -> None:
+        """Raises `UnsupportedOptionError` where chats and texts can't be served."""
+        if not self.tokenizer:
+            raise UnsupportedOptionError(OPENAI)
+
     def _check_without_tokenizer(self, request: GenerateRequest) -> None:
         sampling = request.sampling
         needs = {
             "text": request.text is not None,
             "stop": bool(sampling.stop),
             "stop_regex": bool(sampling.stop_regex),
-            "min_new_tokens": sampling.min_new_tokens > 0,
             sampling.grammar or "": sampling.grammar is not None,
         }
         asked = [name for name, given in needs.items() if given]
@@ -106,6 +112,11 @@ class Features:
             )
 
 
+OPENAI = (
+    "chats and texts of OpenAI's clients need the servers' tokenizer, which these run without "
+    "(skip_tokenizer_init): start them with it, or generate from ids, with service.generate or "
+    "SGLangWrapper, which has a tokenizer of its own."
+)
 MIN_P = (
     "min_p is given, but servers that sample deterministically end where one request has it: use "
     "top_p, or start them without enable_deterministic_inference."

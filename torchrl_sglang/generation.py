@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import itertools
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -22,10 +23,14 @@ from .data_client import Batch, DataClient
 from .errors import EmptyBatchError, ServiceError
 from .gate import ServiceState, UpdateGate
 from .protocol import GenerateRequest
-from .requests_in import to_requests
+from .requests_in import requests_of, to_requests
+from .room import check_room, fitted, longest_input
 from .sampling import SamplingParams
+from .seeds import own_seeds
 from .served import ServedModel
-from .sessions import SESSION_TIMEOUT_S, Session, Sessions
+from .sessions import SESSION_CAPACITY, SESSION_TIMEOUT_S, Session, Sessions
+from .two_parts import TwoParts, check_parts
+from .vocabulary import check_ids
 
 Prompts = str | GenerateRequest | Sequence[int] | Sequence[str | Sequence[int] | GenerateRequest]
 
@@ -34,6 +39,7 @@ class GeneratingModel(ServedModel):
     """Generates with the servers behind a URL. Safe to use from several threads."""
 
     timeouts: Timeouts
+    run_name: str | None
 
     @property
     @abc.abstractmethod
@@ -55,18 +61,29 @@ class GeneratingModel(ServedModel):
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: Prompts | None = None,
         sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        grouped: bool = False,
+        fit_context: bool = True,
+        **options: Any,
     ) -> Any:
         """Completes one prompt, or many at once.
 
         Args:
             prompts: a text, token ids or a `GenerateRequest`; or a sequence of any of these.
             sampling_params: how to sample; not with `GenerateRequest`, which brings its own.
+            input_ids: token ids, or a sequence of such, instead of ``prompts``.
+            grouped: one list of completions per prompt, in the order of its samples.
+            fit_context: ask for what fits into the context where ``max_new_tokens`` does not; it
+                then ends with ``"length"``. False: raise `PromptTooLongError`.
+            **options: sampling options, laid over ``sampling_params``.
 
         Returns:
             A `Completion` for one prompt, else a list of them in the order of the prompts. With
-            ``n`` samples, a list in which those of one prompt follow each other.
+            ``n`` samples, a list in which those of one prompt follow each other; ``grouped``, a
+            list of lists, or for one prompt its list.
 
         Raises:
             InputError: an empty batch or prompt, one too long, or ids outside of the vocabulary.
@@ -74,19 +91,26 @@ class GeneratingModel(ServedModel):
             ServiceBrokenError: a weight push failed, the last one or one during the call.
             ServiceError: refused, failed, timed out, or an answer that must not be trained on.
         """
-        batch, single = to_requests(prompts, sampling_params)
-        completions = self.complete(batch)
-        return completions[0] if single and len(completions) == 1 else completions
+        batch, single = to_requests(
+            prompts, sampling_params, options, input_ids=input_ids, fit_context=fit_context
+        )
+        return _shaped(batch, self.complete(batch), single, grouped)
 
     async def agenerate(
         self,
-        prompts: Prompts,
+        prompts: Prompts | None = None,
         sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        grouped: bool = False,
+        fit_context: bool = True,
+        **options: Any,
     ) -> Any:
         """Same as `generate`, awaited; cancelling it aborts its requests on the servers."""
-        batch, single = to_requests(prompts, sampling_params)
-        completions = await self.acomplete(batch)
-        return completions[0] if single and len(completions) == 1 else completions
+        batch, single = to_requests(
+            prompts, sampling_params, options, input_ids=input_ids, fit_context=fit_context
+        )
+        return _shaped(batch, await self.acomplete(batch), single, grouped)
 
     def complete(
         self,
@@ -96,10 +120,11 @@ class GeneratingModel(ServedModel):
         """Completes requests, all in flight at once; waits while a weight push is under way.
 
         Args:
-            batch: the requests.
+            batch: the requests; equal prompts with one seed get seeds that follow each other.
             arrive: called with the completions of each request as soon as it is finished, on the
                 event loop that the others wait on: it must be quick.
         """
+        batch = requests_of(batch)
         with self.sessions.held(batch) as ended:
             prepared = replace(self._prepare(batch), arrive=arrive)
             loop, data = self._data_plane()
@@ -112,6 +137,7 @@ class GeneratingModel(ServedModel):
         arrive: Callable[[list[Completion]], None] | None = None,
     ) -> list[Completion]:
         """Same as `complete`, awaited on any event loop."""
+        batch = requests_of(batch)
         with self.sessions.held(batch) as ended:
             # In a thread: it may wait for a weight push, or ask a server.
             prepared = replace(await asyncio.to_thread(self._prepare, batch), arrive=arrive)
@@ -137,10 +163,12 @@ class GeneratingModel(ServedModel):
         Raises:
             as `generate`: when the first request fails, the others are aborted.
         """
+        batch = requests_of(batch)
         self.check(batch)
 
         def iterate() -> Iterator[tuple[int, list[Completion]]]:
-            prepared = self._admitted(batch)  # now, since it may be long since the call
+            # Now, since it may be long since the call.
+            prepared = self._admitted(own_seeds(batch))
             finished: queue.SimpleQueue[_Finished] = queue.SimpleQueue()
             with self.sessions.held(batch) as ended, self._sending(prepared, finished.put) as sent:
                 while (one := finished.get()) is not None:
@@ -161,6 +189,7 @@ class GeneratingModel(ServedModel):
             with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits
                 caller.call_soon_threadsafe(finished.put_nowait, one)
 
+        batch = requests_of(batch)
         prepared = await asyncio.to_thread(self._prepare, batch)
         with self.sessions.held(batch) as ended, self._sending(prepared, put) as sent:
             while (one := await finished.get()) is not None:
@@ -212,18 +241,27 @@ class GeneratingModel(ServedModel):
     def _prepare(self, batch: Sequence[GenerateRequest]) -> Batch:
         """Checks requests against the servers, then as `_admitted`."""
         self.check(batch)
-        return self._admitted(batch)
+        return self._admitted(own_seeds(batch))
 
     def _admitted(self, batch: Sequence[GenerateRequest]) -> Batch:
         """What is sent for requests that were checked; waits for the weights to be whole."""
         start, request_s, cluster = time.monotonic(), self.timeouts.request_s, self.cluster
-        requests, in_use = self.lora.versions.resolved(batch, self._known_version)
+        asked = fitted(batch, self.max_input_len)
+        requests, in_use = self.lora.versions.resolved(asked, self._known_version)
         return Batch(
             requests=requests,
             adapters_in_use=in_use,
-            admission=Admission(self.gate, self._cache_salt, request_s, self._noticed),
+            admission=Admission(
+                self.gate,
+                lambda: self.weight_version,
+                self._cache_salt if self.info.capabilities.cache_salt else None,
+                request_s,
+                self.timeouts.retry_s,
+                self._noticed,
+            ),
             within_s=request_s - (time.monotonic() - start),
             seeded=self.info.features.deterministic,
+            two_parts=self._two_parts,
             workers=tuple(w.url for w in cluster.workers) if cluster.behind_router else (),
         )
 
@@ -236,44 +274,84 @@ class GeneratingModel(ServedModel):
         """
         if not batch:
             raise EmptyBatchError("the batch has no prompt.")
-        infos = self.cluster.infos
-        infos[0].check(batch)
-        for features in {info.features for info in infos}:
+        info = self.info
+        check_room(batch, self.max_input_len, info.model_path)
+        check_ids(batch, info.vocab_size)
+        for features in {each.features for each in self.cluster.infos}:
+            check_parts(batch, features)
             for request in batch:
                 features.check(request)
         self.lora.check(each.lora for each in batch)  # SGLang itself would load it again
+
+    @property
+    def _two_parts(self) -> TwoParts | None:
+        features = [each.features for each in self.cluster.infos]
+        if all(each.tokenizer for each in features):
+            return None
+        eos_ids = {id_ for each in features for id_ in each.eos_ids or ()}
+        return TwoParts(eos_ids=tuple(eos_ids), max_input_len=self.max_input_len)
+
+    @property
+    def max_input_len(self) -> int | None:
+        """What a prompt has to be shorter than, on every server; None: they don't tell."""
+        return longest_input(each.max_input_len for each in self.cluster.infos)
 
     @property
     @abc.abstractmethod
     def lora(self) -> Adapters:
         """The LoRA adapters."""
 
-    def open_session(self, *, timeout_s: float | None = SESSION_TIMEOUT_S) -> Session:
+    def open_session(
+        self,
+        *,
+        timeout_s: float | None = SESSION_TIMEOUT_S,
+        session_id: str | None = None,
+        capacity_of_str_len: int = SESSION_CAPACITY,
+    ) -> Session:
         """Opens a conversation that one server holds; see `Session`.
 
         Args:
             timeout_s: seconds after the last request began until the server closes it by itself;
                 None: never, also where this process is killed.
+            session_id: its name; by default the server chooses one.
+            capacity_of_str_len: as SGLang takes it, which does not hold sessions to it.
 
         Raises:
+            ConfigError: a name that is open here already, or is none; no capacity.
             ServiceError: the server opened none.
         """
-        return self.sessions.open(self.workers, timeout_s=timeout_s)
+        return self.sessions.open(
+            self.workers,
+            timeout_s=timeout_s,
+            session_id=session_id,
+            capacity_of_str_len=capacity_of_str_len,
+        )
 
     @property
     @abc.abstractmethod
     def sessions(self) -> Sessions:
         """The sessions that this service opened; closed with it."""
 
-    def _cache_salt(self) -> str | None:
-        """Separates prefixes cached under different weights, where the servers can."""
-        return salt_of(self._known_version()) if self.info.capabilities.cache_salt else None
+    def _cache_salt(self, version: str) -> str:
+        """Separates prefixes cached under different weights."""
+        return salt_of(version, self.run_name)
 
     def _known_version(self) -> str:
         return retried(lambda: self.weight_version, self.timeouts.retry_s)
 
 
 _Finished = tuple[int, list[Completion]] | None
+
+
+def _shaped(
+    batch: Sequence[GenerateRequest], completions: list[Completion], single: bool, grouped: bool
+) -> Any:
+    """Completions as `generate` returns them."""
+    if grouped:
+        following = iter(completions)
+        groups = [list(itertools.islice(following, each.num_samples)) for each in batch]
+        return groups[0] if single else groups
+    return completions[0] if single and len(completions) == 1 else completions
 
 
 def _flat(ended: Mapping[int, list[Completion]]) -> list[Completion]:

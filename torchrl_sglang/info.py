@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .completions import INITIAL_VERSION
-from .errors import ConnectError, PromptTooLongError
+from .errors import ConnectError
 from .features import Features, parse_features
-from .protocol import GenerateRequest
-from .vocabulary import check_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ class WorkerInfo:
         device: ``"cpu"``, ``"cuda"``, ...
         tp_size, dp_size, pp_size, ep_size: its ranks; the last adds none.
         dp_attention: data parallelism happens inside the TP ranks.
-        max_prompt_tokens: longest prompt that it takes; None if it does not say.
+        max_input_len: what a prompt has to be shorter than; None if it does not say.
         weight_version: version of the weights that it runs.
         version: SGLang's version.
         capabilities: what it can do for weight updates.
@@ -85,7 +83,7 @@ class WorkerInfo:
     dp_size: int
     pp_size: int
     dp_attention: bool
-    max_prompt_tokens: int | None
+    max_input_len: int | None
     weight_version: str
     version: str
     capabilities: Capabilities
@@ -99,28 +97,6 @@ class WorkerInfo:
     def num_copies(self) -> int:
         """Data-parallel replicas within the server, each of which holds all weights."""
         return 1 if self.dp_attention else self.dp_size
-
-    def check(self, batch: Sequence[GenerateRequest]) -> None:
-        """Raises for what the server would refuse, or end at; see `check_ids` for its vocabulary.
-
-        Raises:
-            PromptTooLongError: a prompt that does not fit.
-            InputError, UnsupportedOptionError: ids outside of the vocabulary.
-        """
-        self.check_prompt_lengths(batch)
-        check_ids(batch, self.vocab_size)
-
-    def check_prompt_lengths(self, batch: Sequence[GenerateRequest]) -> None:
-        """Raises `PromptTooLongError` for a prompt that the server would refuse."""
-        if self.max_prompt_tokens is None:
-            return
-        for index, request in enumerate(batch):
-            num_tokens = len(request.input_ids or ())
-            if num_tokens > self.max_prompt_tokens:
-                raise PromptTooLongError(
-                    f"prompt {index} has {num_tokens} tokens; {self.model_path} takes at most "
-                    f"{self.max_prompt_tokens}. Shorten it, or serve with a longer context_length."
-                )
 
 
 def parse_worker_info(
@@ -143,7 +119,7 @@ def parse_worker_info(
             dp_size=int(server_info["dp_size"]),
             pp_size=int(server_info.get("pp_size", 1)),
             dp_attention=bool(server_info.get("enable_dp_attention", False)),
-            max_prompt_tokens=server_info.get("max_req_input_len"),
+            max_input_len=server_info.get("max_req_input_len"),
             weight_version=str(model_info.get("weight_version", INITIAL_VERSION)),
             version=str(server_info.get("version", "unknown")),
             quantization=server_info.get("quantization"),

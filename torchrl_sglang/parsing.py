@@ -9,8 +9,15 @@ from typing import Any
 from .completions import INITIAL_VERSION, Completion, VersionSpan
 from .errors import RequestAbortedError, ResponseError, SGLangError
 from .protocol import GenerateRequest
+from .routes import as_sampled
 
 NAN = float("nan")
+MINUS_INFINITY = float("-inf")
+# To keep what an aborted request has, instead of raising.
+KEEP_PARTS = (
+    "SGLangWrapper(partial_rollouts=True) or GenerateRequest(partial_allowed=True) returns what "
+    "there is, to go on with."
+)
 
 Group = list[Completion] | SGLangError  # what a request came to: its samples, or an error
 
@@ -50,7 +57,7 @@ def _parse(answer: Any, request: GenerateRequest, index: int) -> Completion:
     if kind == "abort" and not request.partial_allowed:
         raise RequestAbortedError(
             f"request {request.rid} was aborted after {len(output_ids)} tokens: "
-            f"{reason.get('message', 'no reason given')}"
+            f"{reason.get('message', 'no reason given')}. {KEEP_PARTS}"
         )
     if kind == "abort" and "prompt_tokens" not in meta:
         meta, output_ids = _aborted_while_waiting(meta, output_ids, request)
@@ -77,7 +84,7 @@ def _parse(answer: Any, request: GenerateRequest, index: int) -> Completion:
         sampling_mask=mask[0],
         sampling_log_probs=mask[1],
         hidden_states=_hidden_states(meta, output_ids, request) if returns.hidden_states else None,
-        routed_experts=_asked(meta, "routed_experts", request) if returns.routed_experts else None,
+        routed_experts=_routed(meta, output_ids, request) if returns.routed_experts else None,
     )
 
 
@@ -94,7 +101,7 @@ def never_ran(request: GenerateRequest) -> list[Completion]:
         RequestAbortedError: it does not allow partial answers.
     """
     if not request.partial_allowed:
-        raise RequestAbortedError(f"request {request.rid} was aborted before it ran.")
+        raise RequestAbortedError(f"request {request.rid} was aborted before it ran. {KEEP_PARTS}")
     returns = request.returns
     empty = Completion(
         rid=request.rid,
@@ -195,7 +202,7 @@ def _input_log_probs(meta: Mapping[str, Any], request: GenerateRequest) -> list[
             f"request {request.rid}: log-probs for {len(ids)} prompt tokens do not belong to the "
             f"{meta['prompt_tokens']} ids of the prompt."
         )
-    return [NAN, *_finite([row[0] for row in rows[1:]], request)]
+    return [NAN, *_finite([row[0] for row in rows[1:]], request, "of the prompt", first=1)]
 
 
 def _same_prompt(ids: list[int], expected: list[int]) -> bool:
@@ -216,7 +223,14 @@ def _top_log_probs(
             f"request {request.rid}: top log-probs for {len(positions)} positions, not for the "
             f"{len(output_ids)} output ids."
         )
-    return [[(row[0], row[1]) for row in position] for position in positions]
+    for index, position in enumerate(positions):
+        if position and all(row[0] is None for row in position):
+            raise _not_finite(request, index, "among the top log-probs")
+    # Tokens that a mask, a bias or a grammar rules out have minus infinity, which JSON has not.
+    return [
+        [(MINUS_INFINITY if row[0] is None else row[0], row[1]) for row in position]
+        for position in positions
+    ]
 
 
 def _sampling_mask(
@@ -232,13 +246,34 @@ def _sampling_mask(
     for token, ids in zip(output_ids, kept, strict=True):
         if token not in ids:
             raise ResponseError(f"request {request.rid}: token {token} is not in its own mask.")
-    return kept, _finite(log_probs, request)
+    return kept, _finite(log_probs, request, "among the ids kept")
 
 
-def _finite(log_probs: list[float], request: GenerateRequest) -> list[float]:
-    if not math.isfinite(sum(log_probs)):
-        raise ResponseError(f"request {request.rid}: a log-prob is not finite.")
+def _finite(
+    log_probs: list[float], request: GenerateRequest, what: str = "sampled", first: int = 0
+) -> list[float]:
+    """Log-probs as they are; null is what SGLang writes for those that are not finite.
+
+    Args:
+        log_probs: of one token after the other.
+        request: whose they are.
+        what: which tokens' they are, for the message.
+        first: position of the first one.
+
+    Raises:
+        ResponseError: one is not finite.
+    """
+    if None in log_probs or not math.isfinite(sum(log_probs)):
+        wrong = (i for i, p in enumerate(log_probs) if p is None or not math.isfinite(p))
+        raise _not_finite(request, first + next(wrong, 0), what)
     return log_probs
+
+
+def _not_finite(request: GenerateRequest, position: int, what: str) -> ResponseError:
+    return ResponseError(
+        f"request {request.rid}: a log-prob is not finite, that of token {position} {what}: do the "
+        "weights hold NaN?"
+    )
 
 
 def _asked(meta: Mapping[str, Any], name: str, request: GenerateRequest) -> Any:
@@ -246,6 +281,10 @@ def _asked(meta: Mapping[str, Any], name: str, request: GenerateRequest) -> Any:
     if value is None:
         raise ResponseError(f"request {request.rid}: {name} were asked for and did not come.")
     return value
+
+
+def _routed(meta: Mapping[str, Any], output_ids: Sequence[int], request: GenerateRequest) -> str:
+    return as_sampled(_asked(meta, "routed_experts", request), meta, len(output_ids))
 
 
 def _hidden_states(
@@ -260,6 +299,10 @@ def _hidden_states(
     again = [bool(state) and isinstance(state[0], list) for state in sampled]
     states = [s[-1] if block else s for s, block in zip(sampled, again, strict=True)]
     num_states = len(states) + 1 if prompt else 0
+    if any(None in row for row in (*states, *(prompt if prompt else ()))):
+        raise ResponseError(
+            f"request {request.rid}: a hidden state is not finite: do the weights hold NaN?"
+        )
     # Servers that draft tokens may send states of some that they did not keep, at the end.
     if num_states < len(output_ids) or (any(again) and num_states > len(output_ids)):
         raise ResponseError(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from .completions import Completion, VersionSpan
 from .errors import ConfigError, UnsupportedOptionError
 from .protocol import GenerateRequest, new_rid
+from .routes import joined_routes
 from .sampling import SamplingParams
 
 T = TypeVar("T")
@@ -114,6 +115,11 @@ def joined(before: Completion, after: Completion) -> Completion:
         latency_s=_sum(before.latency_s, after.latency_s),
         input_log_probs=_prompt_log_probs(before, after),
         hidden_states=_states(before, after),
+        routed_experts=joined_routes(
+            before.routed_experts,
+            after.routed_experts,
+            before.prompt_tokens + len(before.output_ids) - 1,
+        ),
         version_spans=tuple(
             span for span in (*before.version_spans, *moved) if span.end > span.start
         ),

@@ -83,6 +83,9 @@ class SGLangWrapper(LLMWrapperBase):
             and ``images``, ``videos``, ``audios``: URLs, files of the servers or base64.
         partial_rollouts: aborted rows come back with what they had and ``finish_reason`` "abort";
             `resume` goes on with them. Otherwise they raise `RequestAbortedError`.
+        fit_context: a row whose ``max_new_tokens`` do not fit into the context is asked for what
+            fits, and ends with ``finish_reason`` "length". False: it raises `PromptTooLongError`
+            before anything is sent.
         rollout_key: where ``finish_reason`` and ``weight_version`` per row, ``policy_version`` per
             token ``[P + R]`` (-1 in prompts), and extras go; None leaves them out.
         extras: what else comes back: names, or ``{"top_log_probs": 5}``.
@@ -130,6 +133,7 @@ class SGLangWrapper(LLMWrapperBase):
         lora: str | None = None,
         sampling_key: NestedKey | None = "sampling",
         partial_rollouts: bool = False,
+        fit_context: bool = True,
         rollout_key: NestedKey | None = "rollout",
         extras: Sequence[str] | Mapping[str, Any] = (),
     ) -> None:

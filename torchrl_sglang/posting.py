@@ -10,6 +10,7 @@ import aiohttp
 import orjson
 from aiohttp.abc import AbstractStreamWriter
 
+from .errors import InputError
 from .gate import UpdateGate
 
 
@@ -21,10 +22,13 @@ class Body(aiohttp.BytesPayload):
     """A request's body, which is written in the epoch in which it was made, or not at all.
 
     The gate is asked here because a request may wait long for a connection.
+
+    Raises:
+        InputError: something that JSON can't say.
     """
 
     def __init__(self, fields: Mapping[str, Any], gate: UpdateGate, epoch: int) -> None:
-        super().__init__(orjson.dumps(fields))
+        super().__init__(_json(fields))
         self.is_stale = False
         self._gate = gate
         self._epoch = epoch
@@ -54,3 +58,10 @@ class Body(aiohttp.BytesPayload):
             yield
         finally:
             self._gate.end_posting()
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(fields)
+    except orjson.JSONEncodeError as error:
+        raise InputError(f"request {fields.get('rid')!r:.100} can't be sent: {error}.") from error

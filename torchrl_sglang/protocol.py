@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import ConfigError, EmptyPromptError, UnsupportedOptionError
-from .sampling import SamplingParams
+from .errors import ConfigError, EmptyPromptError, InputError, UnsupportedOptionError
+from .sampling import SamplingParams, is_text, plain
 
 
 def new_rid() -> str:
@@ -105,11 +105,15 @@ class SessionTurn:
         session_id: the session.
         worker_url: the server that holds it.
         after: id of the request that this one continues; None starts the session.
+        before: token ids that the session holds, which the server puts before the request's.
+        branches: it goes on from an earlier request than the last one.
     """
 
     session_id: str
     worker_url: str
     after: str | None = None
+    before: tuple[int, ...] = field(default=(), repr=False)
+    branches: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +133,13 @@ class GenerateRequest:
         session: its place in a session.
         scoring: only log-probs of the prompt, no token is generated.
         partial_allowed: an aborted request returns what it had instead of raising.
+        fit_context: ask for what fits into the context where ``max_new_tokens`` does not, which
+            then ends with ``"length"``, instead of raising.
         rid: request id, unique per attempt.
+
+    Raises:
+        InputError: a prompt that is neither text nor token ids, or empty.
+        ConfigError: a field that is of another type, or contradicts another one.
     """
 
     input_ids: tuple[int, ...] | None = None
@@ -144,15 +154,25 @@ class GenerateRequest:
     session: SessionTurn | None = None
     scoring: bool = False
     partial_allowed: bool = False
+    fit_context: bool = True
     rid: str = field(default_factory=new_rid)
 
     def __post_init__(self) -> None:
         if (self.input_ids is None) == (self.text is None):
             raise ConfigError("a GenerateRequest takes exactly one of input_ids and text.")
+        object.__setattr__(self, "sampling", SamplingParams.of(self.sampling))
+        for name, kind in _FIELD_TYPES.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name}={value!r:.100}: must be a {kind.__name__}.")
+        if not self.rid:
+            raise ConfigError("rid is empty: leave it out, or give an id that no other one has.")
+        if self.input_ids is not None:
+            object.__setattr__(self, "input_ids", _token_ids(self.input_ids))
+        elif not is_text(self.text):
+            raise InputError(f"a text is a string of Unicode characters, got {self.text!r:.200}.")
         if not (self.input_ids or self.text):
             raise EmptyPromptError("a prompt is empty: it needs at least one token.")
-        if self.input_ids is not None:
-            object.__setattr__(self, "input_ids", tuple(self.input_ids))
         if self.scoring and not self.returns.input_log_probs:
             object.__setattr__(self, "returns", replace(self.returns, input_log_probs=True))
         if self.num_samples > 1 and self.session is not None:
@@ -242,6 +262,34 @@ class GenerateRequest:
         """Request ids of the samples, where each has its own."""
         return [f"{self.rid}-s{index}" for index in range(self.sampling.n)]
 
+
+def _token_ids(given: Any) -> tuple[int, ...]:
+    """Ids as Python's own integers.
+
+    Raises:
+        InputError: it is no sequence of integers.
+    """
+    given = plain(given)
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise InputError(f"token ids are a sequence of integers, got {given!r:.100}.")
+    ids = tuple(given)
+    if not set(map(type, ids)) <= {int}:
+        ids = tuple(plain(each) for each in ids)
+        for position, each in enumerate(ids):
+            if type(each) is not int:  # True is an int, and a mask no prompt
+                raise InputError(f"token ids are integers, got {each!r:.100} at {position}.")
+    return ids
+
+
+# Types of fields that may be None, or are made by this library.
+_FIELD_TYPES: dict[str, type] = {
+    "returns": Returns,
+    "processor": LogitProcessor,
+    "lora": str,
+    "media": Media,
+    "session": SessionTurn,
+    "rid": str,
+}
 
 # What sglang-router 0.3.2 leaves out in silence of the requests that it passes on, and, of a batch,
 # what it refuses (a list of ids). Such requests go to a server itself.

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .errors import UnsupportedOptionError
-from .sampling_names import canonical
+from .errors import ConfigError, UnsupportedOptionError
+from .sampling_names import canonical, no_mapping
 
 # Sent only where they are set: older servers do not know all of them.
 OPTIONAL = (
@@ -97,6 +97,9 @@ class SamplingParams:
     no_stop_trim: bool | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+        object.__setattr__(self, "logit_bias", _as_biases(self.logit_bias))
         for name in ("stop", "stop_token_ids", "stop_regex"):
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         for name in ("json_schema", "structural_tag"):
@@ -120,6 +123,11 @@ class SamplingParams:
             raise UnsupportedOptionError(f"{' and '.join(grammars)} are given: choose one.")
 
     @classmethod
+    def of(cls, given: SamplingParams | Mapping[str, Any] | None) -> SamplingParams:
+        """Parameters as they are, a user's dictionary, or nothing; errors as in `from_kwargs`."""
+        return given if isinstance(given, SamplingParams) else cls.from_kwargs(given)
+
+    @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any] | None) -> SamplingParams:
         """Builds the parameters from a user's dictionary.
 
@@ -127,16 +135,19 @@ class SamplingParams:
             kwargs: names of SGLang, TorchRL, vLLM or Hugging Face, and their values.
 
         Raises:
+            ConfigError: no mapping.
             UnsupportedOptionError: an unknown name (with the nearest known one), a name given
                 twice under two spellings, or a value out of range.
         """
-        return cls().updated(kwargs or {})
+        return cls().updated({} if kwargs is None else kwargs)
 
     def updated(self, kwargs: Mapping[str, Any], others: Collection[str] = ()) -> SamplingParams:
         """These parameters with ``kwargs`` laid over them; errors as in `from_kwargs`.
 
         ``others`` names what else can be said in the same place: an error offers it too.
         """
+        if not isinstance(kwargs, Mapping):
+            raise ConfigError(no_mapping(kwargs))
         known = {f.name for f in fields(self)}
         return replace(self, **canonical(kwargs, known, self.temperature, others))
 
@@ -171,6 +182,11 @@ class SamplingParams:
         return next((name for name in GRAMMARS if getattr(self, name) is not None), None)
 
 
+def plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's own; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     """One string, a sequence or None, as a tuple."""
     if value is None:
@@ -178,8 +194,14 @@ def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list | tuple | set | frozenset):
-        return tuple(value)
+        return tuple(plain(each) for each in value)
     raise UnsupportedOptionError(f"{name}={value!r}: must be a sequence.")
+
+
+def _as_biases(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {plain(token_id): plain(bias) for token_id, bias in value.items()}
 
 
 def _as_json(name: str, value: Any) -> str | None:
@@ -203,12 +225,23 @@ def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_text(value: object) -> bool:
+    """Whether it can be sent: a string without lone surrogates, which are no characters."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _text(value: object) -> bool:
-    return value is None or (isinstance(value, str) and bool(value))
+    return value is None or (is_text(value) and bool(value))
 
 
 def _strings(value: Any) -> bool:
-    return len(value) <= MAX_STOPS and all(isinstance(s, str) and s for s in value)
+    return len(value) <= MAX_STOPS and all(is_text(s) and s for s in value)
 
 
 def _stop_regex(pattern: str) -> bool:
@@ -234,7 +267,7 @@ def _holds(rule: Any, value: Any) -> bool:
 
 _FLAG = (lambda v: isinstance(v, bool), "True or False")
 _CHOICE = (lambda v: v is None or isinstance(v, bool), "True, False or None")
-_GRAMMAR = (_text, "a non-empty string or None")
+_GRAMMAR = (_text, "a non-empty string of Unicode characters or None")
 _RULES: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (lambda v: _count(v) and v >= 1, "an integer >= 1"),
     "min_new_tokens": (lambda v: _count(v) and v >= 0, "an integer >= 0"),
@@ -246,7 +279,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "frequency_penalty": (lambda v: _number(v) and -2 <= v <= 2, "a number in [-2, 2]"),
     "presence_penalty": (lambda v: _number(v) and -2 <= v <= 2, "a number in [-2, 2]"),
     "logit_bias": (_biases, "a mapping of token ids to numbers, such as {42: -5.0}, or None"),
-    "stop": (_strings, f"at most {MAX_STOPS} non-empty strings"),
+    "stop": (_strings, f"at most {MAX_STOPS} non-empty strings of Unicode characters"),
     "stop_token_ids": (lambda v: all(_count(i) and i >= 0 for i in v), "integers >= 0"),
     "stop_regex": (
         lambda v: _strings(v) and all(map(_stop_regex, v)),

@@ -16,8 +16,12 @@ ALIASES = {
     "stop_sequences": "stop",
     "seed": "sampling_seed",
     "num_return_sequences": "n",
+    "num_samples": "n",
     "include_stop_str_in_output": "no_stop_trim",
 }
+
+# Every spelling of the number of samples.
+SAMPLES = {"n"} | {name for name, meant in ALIASES.items() if meant == "n"}
 
 # Known names that can't be served, with what to do instead.
 REFUSED = {
@@ -28,6 +32,10 @@ REFUSED = {
     "early_stopping": "it belongs to beam search, which is not supported.",
     "logprobs": "use SGLangWrapper(return_log_probs=...), or extras={'top_log_probs': k}.",
     "prompt_logprobs": "use SGLangWrapper(extras={'input_log_probs': True}).",
+    "return_logprobs": "log-probs come back unless GenerateRequest(return_log_probs=False) or "
+    "SGLangWrapper(return_log_probs=False) says otherwise.",
+    "return_text": "use SGLangWrapper(text_key=None) to leave the text out.",
+    "timeout": "give the service Timeouts(request_s=...).",
     "detokenize": "use SGLangWrapper(text_key=None) to leave the text out.",
     "custom_params": "use SGLangWrapper(processor=...), which carries a processor's parameters.",
     "stream_interval": "answers are not streamed; service.as_completed yields whole completions.",
@@ -35,6 +43,16 @@ REFUSED = {
     "bad_words": "use SGLangWrapper(processor=disallowed_tokens(ids)), or logit_bias.",
     "allowed_token_ids": "use SGLangWrapper(processor=allowed_tokens(ids)).",
 }
+
+
+def no_mapping(given: Any) -> str:
+    """What to say of sampling options that are no mapping, such as another library's object."""
+    return (
+        "sampling options are SamplingParams or a mapping of names to values, such as "
+        "{'max_new_tokens': 64, 'temperature': 1.0, 'top_p': 0.9}, and not a "
+        f"{type(given).__name__}: write the options that it sets as such a mapping. Got "
+        f"{given!r:.200}."
+    )
 
 
 def canonical(
@@ -56,6 +74,8 @@ def canonical(
     """
     result: dict[str, Any] = {}
     for given, value in kwargs.items():
+        if not isinstance(given, str):
+            raise UnsupportedOptionError(f"a sampling option's name is a string, got {given!r}.")
         if given == "do_sample":
             continue
         name = ALIASES.get(given, given)

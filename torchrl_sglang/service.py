@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .adapters import Adapters
+from .admission import check_run_name
 from .attach import Cluster, Credentials
 from .background import BackgroundLoop
 from .client import ControlClient
@@ -41,6 +42,10 @@ class AsyncSGLang(Members, SharedGeneration):
         api_key: API key of what runs at the URL, or of what is started.
         admin_api_key: key of the control routes, where they have their own.
         timeouts: every bound on waiting.
+        run_name: keeps the cached prefixes of this run's weights apart from those of other runs, of
+            which versions have the same numbers: needed where servers keep their prefix cache in a
+            storage that runs share (HiCache), or that outlives them. The same in every process of a
+            run; a pickled copy has it.
         **start: with ``model_path``, further arguments of `from_pretrained`.
 
     Raises:
@@ -58,10 +63,12 @@ class AsyncSGLang(Members, SharedGeneration):
         api_key: str | None = None,
         admin_api_key: str | None = None,
         timeouts: Timeouts | None = None,
+        run_name: str | None = None,
         **start: Any,
     ) -> None:
         check_way(server_url, model_path, start)
         self.timeouts = timeouts or Timeouts()
+        self.run_name = check_run_name(run_name)
         self._keys = Credentials(api_key=api_key, admin_api_key=admin_api_key)
         local = LocalResources()
         if model_path is not None:
@@ -98,9 +105,16 @@ class AsyncSGLang(Members, SharedGeneration):
         api_key: str | None = None,
         admin_api_key: str | None = None,
         timeouts: Timeouts | None = None,
+        run_name: str | None = None,
     ) -> Self:
         """Attaches to a running router or server; arguments and errors as in the constructor."""
-        return cls(url, api_key=api_key, admin_api_key=admin_api_key, timeouts=timeouts)
+        return cls(
+            url,
+            api_key=api_key,
+            admin_api_key=admin_api_key,
+            timeouts=timeouts,
+            run_name=run_name,
+        )
 
     @classmethod
     def from_pretrained(
@@ -122,6 +136,7 @@ class AsyncSGLang(Members, SharedGeneration):
         log_dir: str | os.PathLike[str] | None = None,
         timeouts: Timeouts | None = None,
         server_env: Mapping[str, str] | None = None,
+        run_name: str | None = None,
         **server_args: Any,
     ) -> Self:
         """Starts servers and a router, and returns once they take requests.
@@ -144,6 +159,7 @@ class AsyncSGLang(Members, SharedGeneration):
             log_dir: folder for the logs; a new temporary one by default.
             timeouts: every bound on waiting.
             server_env: variables for the servers' environment, on top of this process's.
+            run_name: keeps cached prefixes of other runs apart, see `AsyncSGLang`.
             **server_args: further ``sglang.launch_server`` options, such as
                 ``mem_fraction_static=0.8``; vLLM's names for them are understood too.
 
@@ -166,6 +182,7 @@ class AsyncSGLang(Members, SharedGeneration):
             server_ports=server_ports,
             api_key=api_key,
             admin_api_key=admin_api_key,
+            run_name=run_name,
             log_dir=log_dir,
             timeouts=timeouts,
             server_env=server_env,
@@ -198,7 +215,12 @@ class AsyncSGLang(Members, SharedGeneration):
 
     @property
     def openai_base_url(self) -> str:
-        """What OpenAI's clients take as ``base_url``; their ``api_key`` is `api_key`."""
+        """What OpenAI's clients take as ``base_url``; their ``api_key`` is `api_key`.
+
+        Raises:
+            UnsupportedOptionError: the servers run without a tokenizer.
+        """
+        self.info.features.check_openai()
         return self.server_url + "/v1"
 
     @property
@@ -289,9 +311,15 @@ class AsyncSGLang(Members, SharedGeneration):
         self.shutdown()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self._url, "keys": self._keys, "timeouts": self.timeouts}
+        return {
+            "url": self._url,
+            "keys": self._keys,
+            "timeouts": self.timeouts,
+            "run_name": self.run_name,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.run_name = state["run_name"]
         self._url, self._keys, self.timeouts = state["url"], state["keys"], state["timeouts"]
         self._set_local(LocalResources())
         remember(self)

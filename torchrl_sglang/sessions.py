@@ -21,6 +21,7 @@ from .errors import (
 )
 from .parsing import Group
 from .protocol import GenerateRequest, SessionTurn
+from .sampling import is_text
 
 SESSION_CAPACITY = 1 << 20  # what SGLang takes as capacity_of_str_len
 # A client that is killed closes nothing, and a server that it did not start would hold its sessions
@@ -31,18 +32,33 @@ SESSION_TIMEOUT_S = 3600.0
 class Session:
     """A conversation on one server. Close it, or use it as a context manager.
 
-    A session goes on from its last completed request: of a prompt that begins with everything so
-    far, only the rest is sent. One request at a time.
+    A session goes on from its last completed request, or from an earlier one by that one's id: of a
+    prompt that begins with everything so far, only the rest is sent. One request at a time.
+
+    Args:
+        worker: the server that is to hold it.
+        timeout_s: seconds after the last request began until the server closes it; None: never.
+        session_id: its name; None: the server's choice.
+        capacity_of_str_len: as SGLang takes it, which does not hold sessions to it.
 
     Attributes:
         session_id: the server's name for it.
         tokens: everything so far, prompts and responses.
+
+    Raises:
+        ConfigError: a name that is none, or no capacity.
+        RequestRefusedError: the server opened none: it has a session of that name, for instance.
     """
 
-    def __init__(self, worker: ControlClient, *, timeout_s: float | None = None) -> None:
-        body: dict[str, Any] = {"capacity_of_str_len": SESSION_CAPACITY}
-        if timeout_s is not None:
-            body["timeout"] = timeout_s
+    def __init__(
+        self,
+        worker: ControlClient,
+        *,
+        timeout_s: float | None = None,
+        session_id: str | None = None,
+        capacity_of_str_len: int = SESSION_CAPACITY,
+    ) -> None:
+        body = _opening(session_id, capacity_of_str_len, timeout_s)
         answer = worker.post("/open_session", body)
         if not isinstance(answer, str) or not answer:
             raise RequestRefusedError(f"{worker.url} opened no session: {answer!r:.200}")
@@ -50,34 +66,55 @@ class Session:
         self.tokens: list[int] = []
         self._worker = worker
         self._last_rid: str | None = None
+        self._held: dict[str, tuple[int, ...]] = {}  # tokens up to each completed request
         self._busy = False
         self._closed = False
         self._lock = threading.Lock()
 
-    def request(self, input_ids: Sequence[int], **fields: Any) -> GenerateRequest:
+    def request(
+        self, input_ids: Sequence[int], *, after: str | None = None, **fields: Any
+    ) -> GenerateRequest:
         """The request that goes on with this session.
 
         Args:
-            input_ids: the whole prompt, which begins with `tokens`.
+            input_ids: the whole prompt, which begins with `tokens`, or, with ``after``, with what
+                the session held after that request.
+            after: id of the completed request to go on from; None: the last one.
             **fields: of `GenerateRequest`.
 
         Raises:
             ConfigError: the session was closed, or its last request is not finished.
-            InputError: the prompt does not go on from where the session is.
+            InputError: the prompt does not go on from where the session is, or no request of that
+                id was completed here.
         """
         with self._lock:
             self._check_free()
-            ids, start = list(input_ids), len(self.tokens)
-            if ids[:start] != self.tokens or len(ids) == start:
+            before = self._tokens_after(after)
+            ids, start = tuple(input_ids), len(before)
+            if ids[:start] != before or len(ids) == start:
                 raise InputError(
                     f"session {self.session_id} holds {start} tokens, and the prompt of {len(ids)} "
                     "tokens does not begin with them and go on; open a new session, or pass the "
                     "tokens of the turn before unchanged."
                 )
             turn = SessionTurn(
-                session_id=self.session_id, worker_url=self._worker.url, after=self._last_rid
+                session_id=self.session_id,
+                worker_url=self._worker.url,
+                after=self._last_rid if after is None else after,
+                before=before,
+                branches=after is not None,
             )
-            return GenerateRequest(input_ids=tuple(ids[start:]), **{**fields, "session": turn})
+            return GenerateRequest(input_ids=ids[start:], **{**fields, "session": turn})
+
+    def _tokens_after(self, rid: str | None) -> tuple[int, ...]:
+        if rid is None:
+            return tuple(self.tokens)
+        if rid not in self._held:
+            raise InputError(
+                f"session {self.session_id} has no completed request {rid!r:.100} to go on from: "
+                "give the `rid` of one of its completions."
+            )
+        return self._held[rid]
 
     def begin(self, request: GenerateRequest) -> None:
         """A request is about to be sent.
@@ -87,7 +124,8 @@ class Session:
         """
         with self._lock:
             self._check_free()
-            if request.session is None or request.session.after != self._last_rid:
+            turn = request.session
+            if turn is None or (turn.after != self._last_rid and not turn.branches):
                 raise ConfigError(
                     f"session {self.session_id} has gone on since this request was made: make a "
                     "new one."
@@ -104,7 +142,8 @@ class Session:
             self._busy = False
             if completion is None or completion.finish_type == "abort":
                 return
-            prompt = [*self.tokens, *(request.input_ids or ())]
+            before = () if request.session is None else request.session.before
+            prompt = [*before, *(request.input_ids or ())]
             if completion.prompt_tokens != len(prompt):
                 raise ResponseError(
                     f"session {self.session_id}: the server answers a prompt of "
@@ -112,6 +151,7 @@ class Session:
                 )
             self.tokens = [*prompt, *completion.output_ids]
             self._last_rid = completion.rid
+            self._held[completion.rid] = tuple(self.tokens)
 
     @property
     def closed(self) -> bool:
@@ -161,14 +201,28 @@ class Sessions:
         self._next_worker = 0
         self._lock = threading.Lock()
 
-    def open(self, workers: Sequence[ControlClient], *, timeout_s: float | None) -> Session:
-        """Opens a session on the next server in turn."""
-        with self._lock:
-            worker = workers[self._next_worker % len(workers)]
-            self._next_worker += 1
-        session = Session(worker, timeout_s=timeout_s)
+    def open(
+        self,
+        workers: Sequence[ControlClient],
+        *,
+        timeout_s: float | None,
+        session_id: str | None = None,
+        capacity_of_str_len: int = SESSION_CAPACITY,
+    ) -> Session:
+        """Opens a session on the next server in turn; arguments and errors as of `Session`."""
         with self._lock:
             self._forget_closed()
+            if session_id in self._open:
+                raise ConfigError(f"session {session_id!r} is open here: close it, or rename one.")
+            worker = workers[self._next_worker % len(workers)]
+            self._next_worker += 1
+        session = Session(
+            worker,
+            timeout_s=timeout_s,
+            session_id=session_id,
+            capacity_of_str_len=capacity_of_str_len,
+        )
+        with self._lock:
             self._open[session.session_id] = session
         return session
 
@@ -273,6 +327,20 @@ class Turns:
             session = self._under_way.pop(index, None)
             if session is not None:
                 session.finish(self._batch[index], None)
+
+
+def _opening(session_id: Any, capacity: Any, timeout_s: float | None) -> dict[str, Any]:
+    """The body of a request for a session; raises `ConfigError` for what can't be asked for."""
+    if session_id is not None and (not is_text(session_id) or not session_id):
+        raise ConfigError(f"session_id={session_id!r:.100}: must be a string, not empty.")
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        raise ConfigError(f"capacity_of_str_len={capacity!r:.100}: must be an integer >= 1.")
+    body: dict[str, Any] = {"capacity_of_str_len": capacity}
+    if session_id is not None:
+        body["session_id"] = session_id
+    if timeout_s is not None:
+        body["timeout"] = timeout_s
+    return body
 
 
 def _finish(

@@ -9,6 +9,8 @@ from .errors import ConfigError, EmptyBatchError, InputError, SGLangError
 from .generation import GeneratingModel
 from .parsing import Group
 from .protocol import GenerateRequest
+from .requests_in import requests_of
+from .seeds import own_seeds
 
 
 class SharedGeneration(GeneratingModel):
@@ -27,7 +29,8 @@ class SharedGeneration(GeneratingModel):
 
         Args:
             batch: requests of one or several callers.
-            positions: each request's index in its caller's own batch, which its error names.
+            positions: each request's index in its caller's own batch, which its error names; the
+                seeds are then those of that batch, and stay (see `own_seeds`).
             arrive: called with a request's index and what it came to, as soon as that is known, on
                 the event loop that the others wait on: it must be quick.
 
@@ -39,6 +42,9 @@ class SharedGeneration(GeneratingModel):
             ServiceError: what concerns all requests: the service is broken or closed, or the
                 weights did not become whole in time.
         """
+        batch = requests_of(batch)
+        if positions is None:
+            batch = own_seeds(batch)
         places = range(len(batch)) if positions is None else positions
         groups: dict[int, Group] = {}
         with self.sessions.turns(batch) as turns:

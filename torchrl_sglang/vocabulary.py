@@ -37,6 +37,22 @@ def configured_vocab_size(path: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def configured_eos_ids(folder: Path) -> tuple[int, ...] | None:
+    """The ids at which SGLang ends a row, from a model's folder; None where it does not tell.
+
+    A ``config.json`` without an ``eos_token_id`` leaves it to the model's class.
+    """
+    try:
+        given = [json.loads((folder / "config.json").read_text())["eos_token_id"]]
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            given.append(json.loads(generation.read_text()).get("eos_token_id"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    ids = [each for part in given for each in (part if isinstance(part, list) else [part])]
+    return tuple(sorted({each for each in ids if isinstance(each, int)}))
+
+
 def check_ids(batch: Sequence[GenerateRequest], size: int | None) -> None:
     """Raises for ids outside of a vocabulary of ``size`` ids; None: it is not known.
 

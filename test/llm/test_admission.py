@@ -6,10 +6,12 @@ import asyncio
 import json
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -32,8 +34,16 @@ from torchrl_sglang import (
     WeightSyncConfig,
     data_client,
 )
-from torchrl_sglang.calls import is_paused
-from torchrl_sglang.errors import PushError, RequestTimeoutError, ServiceBrokenError
+from torchrl_sglang.calls import Calls, Looks, is_paused, looks_of
+from torchrl_sglang.client import ControlClient
+from torchrl_sglang.errors import (
+    ConfigError,
+    PushError,
+    RequestTimeoutError,
+    ServerFailedError,
+    ServiceBrokenError,
+)
+from torchrl_sglang.gate import UpdateGate
 from torchrl_sglang.weights.collective import in_thread
 from torchrl_sglang.weights.engines import Engines
 
@@ -459,3 +469,95 @@ def test_a_policy_at_a_url_uses_the_service_that_is_there(service: AsyncSGLang) 
     )
     assert policy.service is service
     assert len(policy(tokens_of(5, 6))[0]["tokens"].response) == 2
+
+
+# Servers that answer nothing
+
+
+@pytest.fixture
+def deaf() -> Iterator[ControlClient]:
+    """What takes connections and answers nothing, as SGLang once one of its processes crashed."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield ControlClient(url, api_key=None, admin_api_key=None, timeouts=Timeouts())
+
+
+def test_a_call_does_not_wait_for_servers_that_answer_nothing(
+    proxy: FaultProxy, service: AsyncSGLang
+) -> None:
+    keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
+    timeouts = Timeouts(request_s=60.0, retry_s=1.0)
+    with AsyncSGLang.connect(proxy.url, timeouts=timeouts, **keys) as external:
+        proxy.faults = dict.fromkeys(("/ready", "/generate", "/health"), Fault(delay_s=40.0))
+        start = time.monotonic()
+        with pytest.raises(RequestTimeoutError, match="answered anything for 1 s") as caught:
+            external.generate(PROMPT, SAMPLING)
+        assert time.monotonic() - start < 12.0
+        assert proxy.url in str(caught.value)
+
+
+def test_it_waits_for_those_that_answer(service: AsyncSGLang, deaf: ControlClient) -> None:
+    """A router sends them what the others have lost."""
+    timeouts = Timeouts(retry_s=0.5, paused_s=0.5)
+    assert [looks_of(each) for each in (deaf, service.workers[0])] == [Looks.SILENT, Looks.ANSWERS]
+
+    async def wait(*workers: ControlClient) -> None:
+        async with Calls(UpdateGate(), lambda: workers, timeouts).bounded(8.0):
+            await asyncio.sleep(7.0)
+
+    asyncio.run(wait(deaf, service.workers[0]))
+    with pytest.raises(RequestTimeoutError, match=deaf.url):
+        asyncio.run(wait(deaf))
+
+
+def test_asking_for_the_version_again_takes_no_time_of_its_own(
+    proxy: FaultProxy, service: AsyncSGLang
+) -> None:
+    """Each attempt asks it; the time to try again is that of the request alone."""
+    keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
+    retry_s = 4.0
+    timeouts = Timeouts(request_s=60.0, retry_s=retry_s)
+    with AsyncSGLang.connect(proxy.url, timeouts=timeouts, **keys) as external:
+        proxy.faults["/generate"] = Fault(status=503)
+        # The first ticket gets its version.
+        proxy.faults["/model_info"] = Fault(status=503, after=1)
+        start = time.monotonic()
+        with pytest.raises(ServerFailedError):
+            external.generate(PROMPT, SAMPLING)
+        assert time.monotonic() - start < 1.4 * retry_s
+
+
+# Runs that share a cache
+
+
+def test_runs_with_names_do_not_share_prefixes(
+    service: AsyncSGLang, proxy: FaultProxy, timeouts: Timeouts
+) -> None:
+    """Of one version, whose number says nothing of the weights; a copy belongs to its run."""
+    keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
+    prompt = list(uuid.uuid4().bytes * 4)  # that no cache has
+
+    def cached(made: AsyncSGLang) -> int:
+        with made:
+            return int(made.generate(prompt, SAMPLING).cached_tokens)
+
+    def run(name: str | None) -> AsyncSGLang:
+        return AsyncSGLang.connect(proxy.url, run_name=name, timeouts=timeouts, **keys)
+
+    cached(run("one"))
+    assert cached(run("two")) == cached(run(None)) == 0
+    assert cached(run("one")) > 32
+    assert cached(pickle.loads(pickle.dumps(run("one")))) > 32
+    version = service.weight_version
+    names = ["one/", "two/", "", "one/", "one/"]
+    sent = [json.loads(body) for path, body in proxy.seen if path == "/generate"]
+    found = [body["extra_key"] for body in sent if "extra_key" in body]  # the rest is for attaching
+    assert found == [f"{name}weights-{version}" for name in names]
+
+
+@pytest.mark.parametrize("name", ["", 5, b"one", "a\ud83d"], ids=repr)
+def test_what_is_no_name_of_a_run(name: Any) -> None:
+    with pytest.raises(ConfigError, match="run_name"):
+        AsyncSGLang("http://127.0.0.1:1", run_name=name)
+    with pytest.raises(ConfigError, match="run_name"):
+        AsyncSGLang.from_pretrained("nowhere", run_name=name)

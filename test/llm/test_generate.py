@@ -107,8 +107,9 @@ def test_bad_prompts(service: AsyncSGLang, prompts: Any, error: type[Exception])
 
 
 def test_the_server_refuses_what_does_not_fit(service: AsyncSGLang) -> None:
+    """Of a text, which only the server counts."""
     with pytest.raises(RequestRefusedError, match="context") as caught:
-        service.generate([[5] * 1500], {"max_new_tokens": 1500})
+        service.generate(["a b c " * 300], {"max_new_tokens": 1500}, fit_context=False)
     assert caught.value.status == 400
     assert "prompt 0" in caught.value.__notes__[0]
 

@@ -16,10 +16,11 @@ from torchrl_sglang.errors import (
     ConfigError,
     ConnectError,
     EmptyPromptError,
-    PromptTooLongError,
+    InputError,
     RequestAbortedError,
     ResponseError,
 )
+from torchrl_sglang.gate import UpdateGate
 from torchrl_sglang.info import (
     Capabilities,
     WorkerInfo,
@@ -28,6 +29,8 @@ from torchrl_sglang.info import (
     parse_worker_urls,
 )
 from torchrl_sglang.parsing import parse_completion
+from torchrl_sglang.posting import Body
+from torchrl_sglang.protocol import Returns
 
 REQUEST = GenerateRequest(input_ids=(1, 2, 3), rid="r1")
 Change = Callable[[dict[str, Any]], object]
@@ -163,7 +166,8 @@ def test_length_is_a_reason_to_finish() -> None:
 
 def test_an_aborted_request_is_no_completion() -> None:
     reason = {"type": "abort", "message": "out of pages"}
-    with pytest.raises(RequestAbortedError, match="r1 was aborted after 3 tokens: out of pages"):
+    says = "r1 was aborted after 3 tokens: out of pages.*partial_rollouts.*partial_allowed"
+    with pytest.raises(RequestAbortedError, match=says):
         parse_completion(changed(meta(finish_reason=reason)), REQUEST)
 
 
@@ -216,7 +220,8 @@ def rows(*values: Any) -> Change:
         (rows(-1.0, -math.inf, -1.0), "not finite"),
         (rows(math.inf, -math.inf, -1.0), "not finite"),
         (meta(output_token_logprobs=[[]]), "lacks what was asked for.*IndexError"),
-        (rows(-1.0, None, -1.0), "lacks what was asked for"),
+        (rows(-1.0, None, -1.0), "token 1 sampled: do the weights hold NaN"),
+        (rows(-1.0, -1.0, math.nan), "token 2 sampled: do the weights hold NaN"),
         (rows(-1.0, "-1.0", -1.0), "lacks what was asked for"),
         (
             meta(weight_versions=[{"version": "4", "start": 0, "end": 2}]),
@@ -349,7 +354,7 @@ def test_worker_info() -> None:
     assert (info.url, info.model_path, info.tokenizer_path) == ("http://s", "/m", "/t")
     assert (info.tp_size, info.dp_size, info.pp_size, info.dp_attention) == (2, 1, 1, False)
     assert (info.dtype, info.device, info.model_type) == ("bfloat16", "cpu", "qwen2")
-    assert (info.max_prompt_tokens, info.weight_version, info.version) == (99, "3", "0.5.23")
+    assert (info.max_input_len, info.weight_version, info.version) == (99, "3", "0.5.23")
 
 
 def test_what_a_server_need_not_say() -> None:
@@ -357,7 +362,7 @@ def test_what_a_server_need_not_say() -> None:
         "http://s", {"tp_size": 1, "dp_size": 1}, {"model_path": "/m"}, openapi(*ROUTES)
     )
     assert (info.tokenizer_path, info.model_type, info.dtype) == ("/m", None, "auto")
-    assert (info.pp_size, info.max_prompt_tokens, info.device) == (1, None, "cuda")
+    assert (info.pp_size, info.max_input_len, info.device) == (1, None, "cuda")
     assert (info.weight_version, info.version) == ("default", "unknown")
 
 
@@ -376,15 +381,6 @@ def test_what_a_server_need_not_say() -> None:
 def test_answers_of_something_else(server: Any, model: Any, api: Any) -> None:
     with pytest.raises(ConnectError):
         parse_worker_info("http://s", server, model, api)
-
-
-def test_prompt_lengths() -> None:
-    fits, long = GenerateRequest(input_ids=(1,) * 4), GenerateRequest(input_ids=(1,) * 5)
-    info = worker_info(max_req_input_len=4)
-    info.check_prompt_lengths([fits, GenerateRequest(text="text is measured by the server")])
-    with pytest.raises(PromptTooLongError, match="prompt 1 has 5 tokens; /m takes at most 4"):
-        info.check_prompt_lengths([fits, long])
-    worker_info().check_prompt_lengths([long])
 
 
 @pytest.mark.parametrize(
@@ -406,3 +402,51 @@ def test_a_routers_list_of_workers(listed: Any, expected: list[str] | None) -> N
 @pytest.mark.parametrize("listed", [{"workers": [{}]}, {"workers": ["http://a"]}], ids=str)
 def test_a_list_of_something_else_is_no_routers(listed: Any) -> None:
     assert parse_worker_urls(listed) is None
+
+
+@pytest.mark.parametrize("value", [None, math.nan, -math.inf])
+@pytest.mark.parametrize("name", ["input_token_logprobs", "output_token_sampling_logprobs"])
+def test_no_log_prob_may_be_null(name: str, value: Any) -> None:
+    """SGLang writes null for what is not finite, as JSON has nothing else."""
+    returns = Returns(input_log_probs=True, sampling_mask=True)
+    request = GenerateRequest(input_ids=(1, 2, 3), rid="r1", returns=returns)
+    found = {
+        "input_token_logprobs": [[None, 1, None], [-1.0, 2, None], [-1.0, 3, None]],
+        "output_token_sampling_mask": [[7], [8], [9]],
+        "output_token_sampling_logprobs": [-1.0, -1.0, -1.0],
+    }
+    assert parse_completion(changed(meta(**found)), request).sampling_log_probs == [-1.0] * 3
+    if name == "input_token_logprobs":
+        found[name][2][0] = value
+    else:
+        found[name][2] = value
+    with pytest.raises(ResponseError, match=r"that of token 2.*do the weights hold NaN"):
+        parse_completion(changed(meta(**found)), request)
+
+
+def test_top_log_probs_of_tokens_that_are_ruled_out() -> None:
+    """By a mask, a grammar or a bias; where all are null, no distribution was there."""
+    request = GenerateRequest(input_ids=(1, 2, 3), rid="r1", returns=Returns(top_log_probs=2))
+    position = [[-0.1, 7, None], [None, 8, None]]
+    found = parse_completion(changed(meta(output_top_logprobs=[position] * 3)), request)
+    assert found.top_log_probs == [[(-0.1, 7), (-math.inf, 8)]] * 3
+    lost = [[None, 7, None], [None, 8, None]]
+    with pytest.raises(ResponseError, match=r"that of token 1.*do the weights hold NaN"):
+        parse_completion(changed(meta(output_top_logprobs=[position, lost, position])), request)
+
+
+@pytest.mark.parametrize("place", ["prompt", "sampled"])
+def test_a_hidden_state_may_not_be_null(place: str) -> None:
+    returns = Returns(hidden_states=True)
+    request = GenerateRequest(input_ids=(1, 2, 3), rid="r1", returns=returns)
+    states: Any = [[[1.0, 2.0]], [1.0, 2.0], [3.0, 4.0]]
+    assert parse_completion(changed(meta(hidden_states=states)), request).hidden_states == states
+    (states[0][0] if place == "prompt" else states[2])[1] = None
+    with pytest.raises(ResponseError, match=r"hidden state is not finite.*NaN"):
+        parse_completion(changed(meta(hidden_states=states)), request)
+
+
+@pytest.mark.parametrize("value", [{1}, 2**80, object()], ids=["set", "large", "object"])
+def test_what_json_can_not_say(value: Any) -> None:
+    with pytest.raises(InputError, match="request 'r1' can't be sent"):
+        Body({"rid": "r1", "input_ids": [value]}, UpdateGate(), 0)

@@ -17,7 +17,7 @@ from torchrl_sglang.errors import (
     SGLangError,
     UnsupportedOptionError,
 )
-from torchrl_sglang.requests_in import to_requests
+from torchrl_sglang.requests_in import requests_of, to_requests
 
 REQUEST = GenerateRequest(input_ids=(1, 2), sampling=SamplingParams(max_new_tokens=3))
 
@@ -43,6 +43,10 @@ def generator() -> Iterator[Any]:
         (np.array([[1, 2]]), False, [(1, 2)]),
         (generator(), False, [(1, 2), "hi"]),
         ([], False, []),
+        (torch.tensor([1, 2]), True, [(1, 2)]),
+        (np.array([1, 2]), True, [(1, 2)]),
+        ([np.int64(1), np.int32(2)], True, [(1, 2)]),
+        ([torch.tensor(1), 2], True, [(1, 2)]),
     ],
     ids=repr,
 )
@@ -96,6 +100,11 @@ def test_empty_prompts(prompts: Any) -> None:
         [1, "a"],
         [torch.tensor([1.5])],
         torch.tensor([[[1]]]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor(5),
+        [np.bool_(True)],
+        "a\ud83d",  # half a character
+        ["hi", "a\ud83d"],
     ],
     ids=repr,
 )
@@ -133,3 +142,109 @@ def test_unknown_options_are_refused_before_anything_is_sent() -> None:
 def test_sampling_of_another_type(sampling: Any) -> None:
     with pytest.raises(SGLangError):
         to_requests("a", sampling)
+
+
+# Requests that users make themselves
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([1, 2], (1, 2)),
+        (torch.tensor([1, 2]), (1, 2)),
+        (np.array([1, 2]), (1, 2)),
+        ([np.int64(1), torch.tensor(2)], (1, 2)),
+        (iter([1, 2]), (1, 2)),
+    ],
+    ids=repr,
+)
+def test_ids_of_a_request(ids: Any, expected: tuple[int, ...]) -> None:
+    made = GenerateRequest(input_ids=ids).input_ids
+    assert made == expected
+    assert {type(each) for each in made or ()} == {int}
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[True, False], torch.tensor([True]), [1, True], [1.0], [None], ["a"], "12", b"12", 5, {1: 2}],
+    ids=repr,
+)
+def test_what_are_no_ids_of_a_request(ids: Any) -> None:
+    with pytest.raises(InputError, match="token ids are"):
+        GenerateRequest(input_ids=ids)
+
+
+@pytest.mark.parametrize("text", [5, ["a"], b"a", "a\ud83d"], ids=repr)
+def test_what_is_no_text_of_a_request(text: Any) -> None:
+    with pytest.raises(InputError, match="a text is a string of Unicode"):
+        GenerateRequest(text=text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sampling", 5),
+        ("returns", {"hidden_states": True}),
+        ("processor", "a"),
+        ("lora", 5),
+        ("media", {"images": ["a"]}),
+        ("session", "a session's id"),
+        ("rid", 5),
+        ("rid", ""),
+    ],
+)
+def test_fields_of_another_type(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        GenerateRequest(input_ids=(1,), **{field: value})
+
+
+def test_sampling_of_a_request_may_be_a_mapping() -> None:
+    made = GenerateRequest(input_ids=(1,), sampling={"max_tokens": 3})
+    assert made.sampling == SamplingParams(max_new_tokens=3)
+
+
+@pytest.mark.parametrize("batch", ["a", REQUEST, None, 5, ["a"], [REQUEST, [1, 2]]], ids=repr)
+def test_what_is_no_batch_of_requests(batch: Any) -> None:
+    with pytest.raises(InputError, match="GenerateRequest"):
+        requests_of(batch)
+
+
+def test_batches_of_requests() -> None:
+    assert requests_of(iter([REQUEST])) == [REQUEST]
+    assert requests_of([]) == []
+
+
+# Other ways to say it
+
+
+def test_ids_by_name() -> None:
+    assert to_requests(None, None, input_ids=[1, 2])[1] is True
+    requests, single = to_requests(None, None, input_ids=torch.tensor([[1, 2], [3, 4]]))
+    assert ([each.input_ids for each in requests], single) == ([(1, 2), (3, 4)], False)
+    for prompts, ids in ((None, None), ([1], [1])):
+        with pytest.raises(InputError, match="one of the two"):
+            to_requests(prompts, None, input_ids=ids)
+
+
+@pytest.mark.parametrize(
+    "sampling", [None, {"max_new_tokens": 3, "min_p": 0.5}, SamplingParams(min_p=0.5)], ids=repr
+)
+def test_options_are_laid_over_sampling_params(sampling: Any) -> None:
+    options = {"max_tokens": 9, "num_samples": 2}
+    (request,), _ = to_requests("a", sampling, options)
+    assert (request.sampling.max_new_tokens, request.sampling.n) == (9, 2)
+    assert request.sampling.min_p == (0.0 if sampling is None else 0.5)
+    with pytest.raises(ConfigError, match="its own sampling"):
+        to_requests([REQUEST], None, options)
+
+
+@pytest.mark.parametrize("name", ["return_logprobs", "return_text", "timeout"])
+def test_options_of_torchrls_engine(name: str) -> None:
+    with pytest.raises(UnsupportedOptionError, match=f"{name}.*is not supported: "):
+        to_requests("a", None, {name: 1})
+
+
+def test_fitting_can_be_refused_for_every_request() -> None:
+    for prompts in ("a", [1], [REQUEST]):
+        assert to_requests(prompts, None)[0][0].fit_context is True
+        assert to_requests(prompts, None, fit_context=False)[0][0].fit_context is False

@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import GenerationConfig
 
 from torchrl_sglang import SamplingParams
 from torchrl_sglang.errors import ConfigError, UnsupportedOptionError
+from torchrl_sglang.rollout.setup import choose_sampling, sampling_options
 from torchrl_sglang.sampling_names import REFUSED
 
 from_kwargs = SamplingParams.from_kwargs
@@ -229,3 +234,72 @@ def test_what_the_log_probs_do_not_reflect(
 def test_it_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().temperature = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("max_new_tokens", np.int64(4), 4),
+        ("max_new_tokens", torch.tensor(4), 4),
+        ("temperature", np.float32(0.5), 0.5),
+        ("temperature", torch.tensor(0.5), 0.5),
+        ("top_p", np.float64(0.25), 0.25),
+        ("ignore_eos", np.bool_(True), True),
+        ("seed", np.uint32(7), 7),
+        ("stop_token_ids", np.array([3, 4]), (3, 4)),
+        ("stop_token_ids", torch.tensor([3, 4]), (3, 4)),
+        ("stop_token_ids", [np.int64(3), torch.tensor(4)], (3, 4)),
+        ("stop", np.array(["a", "b"]), ("a", "b")),
+        ("logit_bias", {np.int64(3): np.float32(0.5)}, {3: 0.5}),
+    ],
+    ids=repr,
+)
+def test_numbers_of_numpy_and_torch(name: str, value: Any, expected: Any) -> None:
+    """They are sent as JSON, which knows only Python's own."""
+    params = SamplingParams.from_kwargs({name: value})
+    made = getattr(params, {"seed": "sampling_seed"}.get(name, name))
+    assert (made, type(made)) == (expected, type(expected))
+    json.dumps(params.body())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", np.float64(4.0)),
+        ("max_new_tokens", torch.tensor([4])),
+        ("max_new_tokens", np.bool_(True)),
+        ("temperature", torch.tensor([1.0, 2.0])),
+        ("stop_token_ids", np.array([1.5])),
+        ("stop", ["a\ud83d"]),
+        ("stop", "a\ud83d"),
+        ("regex", "a\ud83d"),
+        ("ebnf", "a\ud83d"),
+        ("stop_regex", "a\ud83d"),
+    ],
+    ids=repr,
+)
+def test_what_is_still_no_value(name: str, value: Any) -> None:
+    with pytest.raises(UnsupportedOptionError, match=name):
+        SamplingParams.from_kwargs({name: value})
+
+
+@pytest.mark.parametrize("given", [GenerationConfig(max_new_tokens=4), [("n", 2)], 5, "greedy"])
+def test_options_that_are_no_mapping(given: Any) -> None:
+    """Such as another library's object."""
+    says = f"mapping of names to values.*not a {type(given).__name__}"
+    for read in (SamplingParams.from_kwargs, SamplingParams.of, sampling_options):
+        with pytest.raises(ConfigError, match=says):
+            read(given)
+
+
+def test_parameters_where_options_are_taken() -> None:
+    params = SamplingParams(max_new_tokens=4, stop="a")
+    assert SamplingParams.of(params) is params
+    assert choose_sampling(params, None, True) == (params, None)
+    assert choose_sampling(params.updated({"n": 3}), None, True)[1] == 3
+    assert choose_sampling({"num_samples": 3}, None, True)[1] == 3
+
+
+def test_a_name_that_is_no_string() -> None:
+    with pytest.raises(UnsupportedOptionError, match="name is a string, got 5"):
+        SamplingParams.from_kwargs({5: 1})

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs, num_running, perturb
+from servers import hf_log_probs, needs, num_running, perturb, worst_error
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -36,7 +36,7 @@ from torchrl_sglang.errors import (
     ServerFailedError,
     ServiceClosedError,
 )
-from torchrl_sglang.protocol import SessionTurn
+from torchrl_sglang.protocol import SessionTurn, new_rid
 
 SHORT = SamplingParams(max_new_tokens=5, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=1500, ignore_eos=True)
@@ -489,3 +489,65 @@ def test_threads_with_a_session_each(service: AsyncSGLang) -> None:
         assert list(pool.map(talk, range(6))) == [18] * 6
     assert len(set(names)) == 6
     assert not any(held(service, name) for name in names)
+
+
+# Names, and going on from an earlier request
+
+
+def test_a_name_of_the_users(service: AsyncSGLang, proxied: AsyncSGLang, proxy: FaultProxy) -> None:
+    name = f"mine-{new_rid()}"
+    with proxied.open_session(session_id=name, capacity_of_str_len=4096) as session:
+        (body,) = [json.loads(body) for path, body in proxy.seen if path == "/open_session"]
+        assert (body["session_id"], body["capacity_of_str_len"]) == (name, 4096)
+        assert session.session_id == name
+        with pytest.raises(ConfigError, match="is open here"):
+            proxied.open_session(session_id=name)
+        with pytest.raises(RequestRefusedError, match="same id"):
+            service.open_session(session_id=name)
+        (completion,) = proxied.complete([session.request([5, 6], sampling=SHORT)])
+        assert session.tokens == [5, 6, *completion.output_ids]
+    proxied.open_session(session_id=name).close()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"session_id": ""},
+        {"session_id": 5},
+        {"session_id": "a\ud83d"},
+        {"capacity_of_str_len": 0},
+        {"capacity_of_str_len": True},
+        {"capacity_of_str_len": "9"},
+    ],
+    ids=str,
+)
+def test_what_no_session_is_opened_with(service: AsyncSGLang, given: Any) -> None:
+    with pytest.raises(ConfigError, match=next(iter(given))):
+        service.open_session(**given)
+
+
+def test_it_goes_on_from_an_earlier_request(service: AsyncSGLang, model: Any) -> None:
+    """Two ways from one turn: each is as the whole prompt would be, and the last one goes on."""
+    with service.open_session() as session:
+        (first,) = service.complete([session.request([5, 6, 7], sampling=SHORT)])
+        start = list(session.tokens)
+        ends = []
+        for more in ([8], [9, 10]):
+            request = session.request([*start, *more], after=first.rid, sampling=SHORT)
+            assert request.input_ids == tuple(more)
+            (completion,) = service.complete([request])
+            assert completion.prompt_tokens == len(start) + len(more)
+            assert worst_error(model, [[*start, *more]], [completion]) < 0.02
+            ends.append([*start, *more, *completion.output_ids])
+            assert session.tokens == ends[-1]
+        assert session.request([*ends[1], 5], sampling=SHORT).input_ids == (5,)
+        with pytest.raises(InputError, match="does not begin with them"):
+            session.request([*ends[0], 5], after=completion.rid, sampling=SHORT)
+
+
+@pytest.mark.parametrize("rid", ["", "unknown", 5])
+def test_no_request_to_go_on_from(service: AsyncSGLang, rid: Any) -> None:
+    with service.open_session() as session:
+        service.complete([session.request([5, 6], sampling=SHORT)])
+        with pytest.raises(InputError, match="no completed request"):
+            session.request([5, 6, 7], after=rid, sampling=SHORT)

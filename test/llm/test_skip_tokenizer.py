@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,22 @@ from test_policy import check_row, make_input, ragged_ids, rows_of
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory
 
-from torchrl_sglang import AsyncSGLang, Completion, GenerateRequest, SGLangWrapper, Timeouts
+from torchrl_sglang import (
+    AsyncSGLang,
+    Completion,
+    GenerateRequest,
+    SamplingParams,
+    SGLangWrapper,
+    Timeouts,
+)
 from torchrl_sglang.completions import VersionSpan
-from torchrl_sglang.errors import RequestRefusedError, UnsupportedOptionError
+from torchrl_sglang.errors import RequestRefusedError, ResponseError, UnsupportedOptionError
+from torchrl_sglang.protocol import Returns
+from torchrl_sglang.requests_in import to_requests
 from torchrl_sglang.rollout.own_stops import cut_at_stops
+from torchrl_sglang.room import BEYOND_LONGEST_INPUT
+from torchrl_sglang.two_parts import RULED_OUT, TwoParts
+from torchrl_sglang.vocabulary import configured_eos_ids
 
 EOS = 2
 SAMPLING = {"max_new_tokens": 5, "ignore_eos": True}
@@ -104,7 +117,11 @@ def test_ends_at_eos_and_at_stop_token_ids(bare: AsyncSGLang) -> None:
         assert one.text is None
 
 
-@pytest.mark.parametrize("options", NEEDY, ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize(
+    "options",
+    [options for options in NEEDY if "min_new_tokens" not in options],
+    ids=lambda options: next(iter(options)),
+)
 @pytest.mark.usefixtures("nothing_sent")
 def test_what_needs_a_tokenizer_is_refused_by_name(
     bare: AsyncSGLang, options: dict[str, Any]
@@ -120,15 +137,191 @@ def test_text_is_refused(bare: AsyncSGLang) -> None:
 
 
 @pytest.mark.parametrize("options", NEEDY, ids=lambda options: next(iter(options)))
-def test_the_server_refuses_the_same(
-    bare: AsyncSGLang, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    """What it does by itself: were it to serve one of these, we should not refuse it."""
+def test_the_server_refuses_the_same(bare: AsyncSGLang, options: dict[str, Any]) -> None:
+    """What it does by itself: were it to serve one of these, we should not do otherwise."""
+    body = GenerateRequest(input_ids=(50, 60), sampling=SamplingParams(**options)).body()
     # A worker, since the router leaves some of these out.
-    with AsyncSGLang.connect(bare.workers[0].url, api_key=bare.api_key) as direct:
-        monkeypatch.setattr(type(direct), "check", lambda *_: None)
-        with pytest.raises(RequestRefusedError, match=r"skip_tokenizer_init|Grammar"):
-            direct.generate([50, 60], options)
+    with pytest.raises(RequestRefusedError, match=r"skip_tokenizer_init|Grammar"):
+        bare.workers[0].post("/generate", body)
+
+
+def test_openai_clients_get_no_address(bare: AsyncSGLang) -> None:
+    """The server itself answers a chat with 500: 'NoneType' object has no attribute ..."""
+    with pytest.raises(UnsupportedOptionError, match=r"skip_tokenizer_init.*service\.generate"):
+        bare.openai_base_url  # noqa: B018
+
+
+# A fewest number of tokens, in two requests
+
+ENDS = {"logit_bias": {EOS: 8.0}}  # so that most rows would end at once
+PROMPTS = [[i, 2 * i + 3, 77, 100 + i] for i in range(8)]
+
+
+@torch.no_grad()
+def biased_log_probs(
+    model: Any,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    ruled_out: Sequence[int],
+    fewest: int,
+) -> list[float]:
+    """Of a Hugging Face forward, with `ENDS`, and ids that the first tokens can't be."""
+    ids = torch.tensor([[*prompt, *response]])
+    hidden = model.model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
+    logits = hidden.float() @ model.lm_head.weight.float().T
+    logits[:, EOS] += ENDS["logit_bias"][EOS]
+    for token in ruled_out:
+        logits[:fewest, token] = -torch.inf
+    return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1).tolist()
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True], ids=["bare", "with a tokenizer"])
+def test_min_new_tokens(
+    bare: AsyncSGLang, service: AsyncSGLang, model: Any, with_tokenizer: bool
+) -> None:
+    """Lengths, ends and log-probs are those of a server with a tokenizer."""
+    fewest, most, stop = 5, 9, 7
+    sampling = {"min_new_tokens": fewest, "max_new_tokens": most, "stop_token_ids": [stop], **ENDS}
+    on = service if with_tokenizer else bare
+    requests, _ = to_requests(PROMPTS, sampling, {"n": 2})
+    completions = on.complete(requests)
+    reasons = set()
+    for prompt, one in zip([p for p in PROMPTS for _ in range(2)], completions, strict=True):
+        assert fewest <= len(one.output_ids) <= most
+        assert not {EOS, stop} & set(one.output_ids[:fewest])
+        ended = one.output_ids[-1] in (EOS, stop)
+        assert one.finish_type == ("stop" if ended else "length")
+        assert one.matched_stop == (one.output_ids[-1] if ended else None)
+        expected = biased_log_probs(model, prompt, one.output_ids, (EOS, stop), fewest)
+        assert one.log_probs == pytest.approx(expected, abs=0.02)
+        assert one.prompt_tokens == len(prompt)
+        (span,) = {span.version for span in one.version_spans}
+        assert sum(s.end - s.start for s in one.version_spans) == len(one.output_ids), span
+        reasons.add(one.finish_type)
+    assert "stop" in reasons
+    assert any(len(one.output_ids) == fewest + 1 for one in completions)
+
+
+def test_min_new_tokens_brings_all_that_was_asked_for(bare: AsyncSGLang) -> None:
+    sampling = SamplingParams(
+        min_new_tokens=3, max_new_tokens=6, ignore_eos=True, top_k=50, temperature=2.0
+    )
+    returns = Returns(input_log_probs=True, top_log_probs=2, sampling_mask=True)
+    request = GenerateRequest(input_ids=(5, 6, 7), sampling=sampling, returns=returns)
+    (one,) = bare.complete([request])
+    assert one.rid == request.rid
+    assert len(one.output_ids) == len(one.top_log_probs) == len(one.sampling_mask) == 6
+    assert len(one.input_log_probs) == 3
+
+
+def test_min_new_tokens_in_a_policy(bare: AsyncSGLang, tokenizer: Any, model: Any) -> None:
+    """Also of a row alone, beside stop strings, and where it is all there may be."""
+    td = make_input("tokens", (6,), tokenizer)
+    td["sampling"] = lazy_stack(
+        [TensorDict(min_new_tokens=torch.tensor(4)) if i else TensorDict() for i in range(6)]
+    )
+    policy = SGLangWrapper(
+        bare, input_mode="tokens", inplace=False, generate_kwargs={"max_new_tokens": 4, **ENDS}
+    )
+    lengths = [len(row["tokens"].response) for row in rows_of(policy(td, stop="never there"))]
+    assert lengths[1:] == [4] * 5
+
+
+def test_min_new_tokens_up_to_the_end_of_the_context(bare: AsyncSGLang) -> None:
+    assert bare.max_input_len is not None
+    room = 6  # and five are left to a prompt that SGLang does not take any more
+    prompt = [5] * (bare.max_input_len + BEYOND_LONGEST_INPUT - room)
+    one = bare.generate(prompt, {"min_new_tokens": 2, "max_new_tokens": 64, **ENDS})
+    assert (len(one.output_ids), one.finish_type) == (2, "length")
+
+
+@pytest.mark.usefixtures("nothing_sent")
+def test_where_min_new_tokens_stays_refused(
+    bare: AsyncSGLang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewest = {"min_new_tokens": 2}
+    for option in ({"frequency_penalty": 0.5}, {"repetition_penalty": 1.5}):
+        with pytest.raises(UnsupportedOptionError, match=f"min_new_tokens=2.*{next(iter(option))}"):
+            bare.generate([[5, 6]], {**fewest, **option})
+    with bare.open_session() as session:
+        request = session.request([5, 6], sampling=SamplingParams.from_kwargs(fewest))
+        with pytest.raises(UnsupportedOptionError, match=r"min_new_tokens=2.*session"):
+            bare.complete([request])
+    info = bare.info
+    unknown = replace(info, features=replace(info.features, eos_ids=None))
+    changed = replace(bare.cluster, infos=(unknown,))
+    monkeypatch.setattr(AsyncSGLang, "cluster", property(lambda self: changed))
+    with pytest.raises(UnsupportedOptionError, match=r"min_new_tokens=2.*config.json"):
+        bare.generate([[5, 6]], fewest)
+
+
+def part(request: GenerateRequest, ids: list[int], **changes: Any) -> Completion:
+    whole = {
+        "rid": request.rid,
+        "output_ids": ids,
+        "log_probs": None,
+        "text": None,
+        "finish_type": "length",
+        "matched_stop": None,
+        "prompt_tokens": 2,
+        "cached_tokens": 0,
+        "version_spans": (),
+    }
+    return Completion(**{**whole, **changes})
+
+
+def test_the_two_requests() -> None:
+    parts = TwoParts(eos_ids=(EOS,), max_input_len=9)
+    sampling = SamplingParams(
+        min_new_tokens=3, max_new_tokens=8, stop_token_ids=(7,), logit_bias={EOS: 1.0, 4: 2.0}
+    )
+    request = GenerateRequest(input_ids=(5, 6), sampling=sampling.updated({"n": 2}))
+    first = parts.first(request)
+    assert first.rid == request.rid
+    assert (first.sampling.max_new_tokens, first.sampling.min_new_tokens) == (3, 0)
+    assert first.sampling.logit_bias == {EOS: RULED_OUT, 7: RULED_OUT, 4: 2.0}
+    done = part(request, [8, 8, 8])
+    rest = parts.rest(request, done, 1, seeded=False)
+    assert rest is not None
+    assert rest.input_ids == (5, 6, 8, 8, 8)
+    assert (rest.sampling.max_new_tokens, rest.sampling.min_new_tokens) == (5, 0)
+    assert (rest.sampling.logit_bias, rest.sampling.n) == ({EOS: 1.0, 4: 2.0}, 1)
+    assert rest.sampling.sampling_seed is None
+    # A sample goes on under the seed that it had.
+    seeded = parts.rest(request, done, 1, seeded=True)
+    assert seeded is not None
+    assert seeded.sampling.sampling_seed == request.seeds()[1]
+    chosen = replace(request, sampling=request.sampling.updated({"seed": 7}))
+    seeded = parts.rest(chosen, done, 1, seeded=False)
+    assert seeded is not None
+    assert seeded.sampling.sampling_seed == 8
+    # What is whole.
+    assert parts.rest(request, part(request, [8], finish_type="abort"), 0, seeded=False) is None
+    assert parts.rest(request, part(request, [8] * 8), 0, seeded=False) is None
+    assert parts.rest(request, part(request, [8] * 7), 0, seeded=False) is None  # no room
+    with pytest.raises(ResponseError, match="ended with 9 after 1 tokens, before min_new_tokens=3"):
+        parts.rest(request, part(request, [9], finish_type="stop", matched_stop=9), 0, seeded=False)
+    assert not parts.apply(GenerateRequest(input_ids=(5,), scoring=True, sampling=sampling))
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 2}, None, (2,)),
+        ({"eos_token_id": [2, 3]}, {"eos_token_id": 5}, (2, 3, 5)),
+        ({"eos_token_id": 2}, {"eos_token_id": [2, 4]}, (2, 4)),
+        ({"eos_token_id": None}, {}, ()),
+        ({}, {"eos_token_id": 2}, None),  # the class of the model may have one
+        (None, {"eos_token_id": 2}, None),
+        ([], None, None),
+    ],
+    ids=str,
+)
+def test_what_ends_a_row(tmp_path: Path, config: Any, generation: Any, expected: Any) -> None:
+    for name, content in (("config", config), ("generation_config", generation)):
+        if content is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert configured_eos_ids(tmp_path) == expected
 
 
 # Stop strings, which the wrapper matches itself.

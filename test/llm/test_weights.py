@@ -157,7 +157,7 @@ def test_without_salt_and_flush_stale_prefixes_would_be_used(
     service: AsyncSGLang, model: Any, connected: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the test above guards against does happen, so it can fail."""
-    monkeypatch.setattr(AsyncSGLang, "_cache_salt", lambda self: "always the same")
+    monkeypatch.setattr(AsyncSGLang, "_cache_salt", lambda self, version: "always the same")
     scheme = connected(config=WeightSyncConfig(flush_cache=False))
     prompt = list(range(100, 164))
     service.generate(prompt, SAMPLING)

@@ -20,7 +20,7 @@ def worker_info(**changes: Any) -> WorkerInfo:
         "dp_size": 1,
         "pp_size": 1,
         "dp_attention": False,
-        "max_prompt_tokens": None,
+        "max_input_len": None,
         "weight_version": "default",
         "version": "0.5.23",
         "capabilities": Capabilities(update_session=True, checksum=True, cache_salt=True),

@@ -16,6 +16,7 @@ from ..outputs import Arrived, build_outputs, make_rows, stacked
 from ..parsing import Group
 from ..prompts import Prompts, read_prompts
 from ..protocol import GenerateRequest
+from ..seeds import own_seeds
 from ..service import AsyncSGLang
 from .facts import build_info
 from .own_stops import Stops, cut_at_stops, take_over
@@ -89,7 +90,7 @@ class Call:
             return scoring_requests(self._prompts, rows, self._options)
         requests = make_requests(self._prompts, rows, self._options, service)
         requests, self._stops = take_over(requests, service.info.features, self._settled.tokenizer)
-        return requests
+        return own_seeds(requests)  # here, since several calls may share a batch
 
     @functools.cached_property
     def _arrived(self) -> Arrived:

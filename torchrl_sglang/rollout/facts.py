@@ -11,7 +11,7 @@ import torch
 from tensordict import NestedKey, TensorDict
 
 from ..completions import INITIAL_VERSION, Completion
-from ..errors import ConfigError, UnsupportedOptionError
+from ..errors import ConfigError, ResponseError, UnsupportedOptionError
 from ..outputs import Rows
 from ..protocol import Returns
 from .texts import non_tensor
@@ -170,7 +170,11 @@ def _hidden_states(completions: Sequence[Completion], rows: Rows) -> dict[str, A
 
 
 def _routed_experts(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
-    """``routed_experts`` int32 ``[P + R - 1, layers * experts per token]``."""
+    """``routed_experts`` int32 ``[P + R - 1, layers * experts per token]``, -1 where unknown.
+
+    Raises:
+        ResponseError: they are not of so many tokens.
+    """
     experts = []
     for completion, prompt in zip(completions, rows.prompts, strict=True):
         if not completion.routed_experts:  # aborted before it began
@@ -178,6 +182,11 @@ def _routed_experts(completions: Sequence[Completion], rows: Rows) -> dict[str, 
             continue
         raw = bytearray(base64.b64decode(completion.routed_experts))
         num_tokens = len(prompt) + len(completion.output_ids) - 1
+        if not num_tokens or len(raw) % (4 * num_tokens):
+            raise ResponseError(
+                f"request {completion.rid}: {len(raw)} bytes of routed experts are not those of "
+                f"{num_tokens} tokens."
+            )
         experts.append(torch.frombuffer(raw, dtype=torch.int32).reshape(num_tokens, -1))
     return {"routed_experts": experts}
 

@@ -17,6 +17,8 @@ from ..errors import ConfigError, InputError
 from ..partial import joined, sampling_left
 from ..prompts import read_prompts
 from ..protocol import GenerateRequest
+from ..room import room_for
+from ..seeds import own_seeds
 from ..service import AsyncSGLang
 from .call import Call, exact, updated_options
 from .own_stops import cut_after, take_over
@@ -45,7 +47,9 @@ class ResumedCall(Call):
         self._options = updated_options(call, kwargs, replace(settled, num_samples=None))
         flat = flattened(td)
         self._before = flat
-        ids, self._parts = _read_parts(flat, settled)
+        ids, parts = _read_parts(flat, settled)
+        longest = service.max_input_len if self._options.fit_context else None
+        self._parts = [_unless_full(part, longest) for part in parts]
         self._prompts = replace(read_prompts(flat, settled.prompts), ids=ids)
         self.requests = self._make_requests(flat, service)
 
@@ -60,11 +64,18 @@ class ResumedCall(Call):
             if self._prompts.chats is None
             else [self._prompts.chats[i] for i in going_on],
         )
-        changed = [self._rest_of(rows[i], i) for i in going_on]
+        seeds = self._seeds(rows, service)
+        changed = [{**self._rest_of(rows[i], i), "sampling_seed": seeds[i]} for i in going_on]
         requests = make_requests(prompts, changed, self._options, service)
         self._seams = {i: r.sampling.stop for i, r in zip(going_on, requests, strict=True)}
         requests = [self._moved_on(r, i) for i, r in zip(going_on, requests, strict=True)]
         return take_over(requests, service.info.features, self._settled.tokenizer)[0]
+
+    def _seeds(self, rows: Sequence[Mapping[str, Any]], service: AsyncSGLang) -> list[int | None]:
+        """The seed of every row, as in the call that was aborted: of the prompts that it had."""
+        whole = [{k: v for k, v in row.items() if k not in ("session", "rid")} for row in rows]
+        requests = make_requests(self._prompts, whole, self._options, service)
+        return [request.sampling.sampling_seed for request in own_seeds(requests)]
 
     def _rest_of(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """A row's options for what is still to be sampled."""
@@ -174,6 +185,14 @@ def _read_parts(flat: TensorDictBase, settled: Settled) -> tuple[list[list[int]]
     return ids, parts
 
 
+def _unless_full(part: Completion, longest: int | None) -> Completion:
+    """A part that no server would go on with, since the context is full, has ended there."""
+    held = part.prompt_tokens + len(part.output_ids)
+    if part.finish_type == "abort" and part.output_ids and room_for(held, longest) == 0:
+        return replace(part, finish_type="length")
+    return part
+
+
 def _with_extras(
     part: Completion, row: TensorDictBase, settled: Settled, prompt: torch.Tensor | None
 ) -> Completion:
@@ -208,12 +227,13 @@ def _with_extras(
 
 
 def _rows(flat: TensorDictBase, key: NestedKey | None, *below: str) -> list[torch.Tensor]:
-    base = key if isinstance(key, tuple) else (key,)
-    rows = None if key is None else rows_of(flat, (*base, *below))
+    path = (*(key if isinstance(key, tuple) else (key,)), *below)
+    rows = None if key is None else rows_of(flat, path)
     if rows is None:
+        what = f"{' '.join(below)!r} under an output key of None" if key is None else f"{path!r}"
         raise InputError(
-            f"resume reads {key!r}{below or ''} of what the policy returned, which is missing: "
-            "leave no output key out with partial_rollouts=True."
+            f"resume reads {what} of what the policy returned, which is missing: leave no output "
+            "key out with partial_rollouts=True."
         )
     return rows
 

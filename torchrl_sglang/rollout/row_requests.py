@@ -52,6 +52,7 @@ class CallOptions:
         processor: a change to the logits.
         lora: name of a LoRA adapter.
         partial_allowed: aborted rows come back as far as they got.
+        fit_context: rows are asked for what fits into the context.
     """
 
     sampling: SamplingParams
@@ -61,6 +62,7 @@ class CallOptions:
     processor: LogitProcessor | None = None
     lora: str | None = None
     partial_allowed: bool = False
+    fit_context: bool = True
 
 
 def check_log_probs_mode(mode: Any) -> LogProbsMode | None:
@@ -89,8 +91,9 @@ def check_log_probs(options: CallOptions) -> None:
                 "log_probs_mode='corrected', or sample from the whole distribution."
             )
     elif sampling.truncates:
+        verb = "truncates" if len(sampling.truncates) == 1 else "truncate"
         warnings.warn(
-            f"{', '.join(sampling.truncates)} truncate the distribution that is sampled from, but "
+            f"{', '.join(sampling.truncates)} {verb} the distribution that is sampled from, but "
             "the log-probs that SGLang reports are those before truncation: importance ratios "
             "computed from them are biased. Use log_probs_mode='corrected', or 'reported' if that "
             "is what you want.",
@@ -114,6 +117,7 @@ def make_requests(
         "processor": options.processor,
         "lora": options.lora,
         "partial_allowed": options.partial_allowed,
+        "fit_context": options.fit_context,
     }
     requests = []
     named = given_rids(row_options)
@@ -205,6 +209,7 @@ def _row_fields(
         "media": media,
         "session": row.get("session"),
         "partial_allowed": options.partial_allowed,
+        "fit_context": options.fit_context,
     }
 
 

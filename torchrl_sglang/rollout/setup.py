@@ -14,6 +14,7 @@ from ..errors import ConfigError, TokenizerError, UnsupportedOptionError
 from ..outputs import OutputSpec
 from ..prompts import InputMode, PromptSpec, check_mode
 from ..sampling import SamplingParams
+from ..sampling_names import SAMPLES, no_mapping
 from .chats import ChatFormat
 from .facts import InfoSpec, parse_extras
 from .row_requests import CallOptions, check_log_probs, check_log_probs_mode
@@ -155,6 +156,7 @@ def _call_options(
         processor=given["processor"],
         lora=given["lora"],
         partial_allowed=bool(given["partial_rollouts"]),
+        fit_context=bool(given["fit_context"]),
     )
 
 
@@ -245,13 +247,13 @@ def choose_sampling(
     """How to sample, and the size of the samples' dimension (None: no such dimension).
 
     Raises:
-        ConfigError: two numbers of samples.
+        ConfigError: no mapping, or two numbers of samples.
     """
-    given = dict(generate_kwargs or {})
+    given = sampling_options(generate_kwargs)
     if not generate:
         given.pop("max_new_tokens", None)  # TorchRL's own wrappers are given it for both
     sampling = SamplingParams.from_kwargs(given)
-    explicit = bool({"n", "num_return_sequences"} & set(given)) and sampling.n > 1
+    explicit = bool(SAMPLES & set(given)) and sampling.n > 1
     if num_samples is None:
         num_samples = sampling.n if explicit else None
     elif explicit and sampling.n != num_samples:
@@ -261,6 +263,15 @@ def choose_sampling(
             raise ConfigError("num_samples is given with generate=False, which samples nothing.")
         sampling = sampling.updated({"n": num_samples})
     return sampling, num_samples
+
+
+def sampling_options(given: Any) -> dict[str, Any]:
+    """The options in ``generate_kwargs``; raises `ConfigError` where it is no mapping."""
+    if isinstance(given, SamplingParams):
+        return dict(vars(given))
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(no_mapping(given))
+    return dict(given or {})
 
 
 def choose_inplace(inplace: Any, num_samples: int | None) -> Any:
