@@ -9,6 +9,7 @@ Every error derives from `SGLangError`, and from the builtin that fits, so that 
     ├── InputError (ValueError)               data that can't be generated from
     │   ├── EmptyBatchError
     │   ├── EmptyPromptError
+    │   ├── InputTypeError (TypeError)        a history that is none, text that is none
     │   └── PromptTooLongError
     ├── TokenizerError (ValueError)           no tokenizer, or one that can't do what is asked
     ├── LaunchError (RuntimeError)            a managed start failed
@@ -66,6 +67,10 @@ class EmptyBatchError(InputError):
 
 class EmptyPromptError(InputError):
     """A prompt without a single token."""
+
+
+class InputTypeError(InputError, TypeError):
+    """A key of the TensorDict holds something of another type than the input mode reads."""
 
 
 class PromptTooLongError(InputError):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data.llm import History
 
-from .errors import ConfigError, EmptyPromptError, InputError
+from .errors import ConfigError, EmptyPromptError, InputError, InputTypeError
 from .rollout.chats import Chats
 from .rollout.padding import (
     attention_masks,
@@ -104,7 +104,7 @@ def _required(value: Any, td: TensorDictBase, spec: PromptSpec) -> Any:
 def _from_history(td: TensorDictBase, spec: PromptSpec) -> Prompts:
     history = _required(td.get(spec.input_key, None), td, spec)
     if not isinstance(history, History):
-        raise InputError(
+        raise InputTypeError(
             f"{spec.input_key!r} should be a torchrl History, got {type(history).__name__}; make "
             "one with History.from_chats."
         )
@@ -219,7 +219,9 @@ def _from_text(td: TensorDictBase, spec: PromptSpec) -> Prompts:
     if not isinstance(texts, list):
         texts = texts.tolist() if hasattr(texts, "tolist") else list(texts)
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{spec.input_key!r} should hold strings, got {type(texts[0]).__name__}.")
+        raise InputTypeError(
+            f"{spec.input_key!r} should hold strings, got {type(texts[0]).__name__}."
+        )
     turns: Sequence[Turn | None] = [None] * len(texts)
     if spec.generate:
         turns = [

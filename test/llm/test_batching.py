@@ -361,7 +361,7 @@ def test_every_item_runs_once_under_load() -> None:
     assert results == [2 * i for i in range(300)]
     assert sorted(item for run_items in runs for item in run_items) == list(range(300))
     assert all(sum(1 + i % 5 for i in run_items) <= 20 for run_items in runs)
-    assert batcher.num_waiting == 0
+    assert batcher.counts()[0] == 0
 
 
 def test_a_batch_that_forgets_somebody_leaves_nobody_waiting() -> None:
@@ -401,7 +401,7 @@ def test_ctrl_c_while_running_does_not_look_like_ctrl_c_elsewhere(interruptible:
     batcher = Batcher(run, BatchingConfig(min_size=2, timeout_s=30.0))
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(batcher.call, 1, 1)
-        wait_until(lambda: batcher.num_waiting == 1)
+        wait_until(lambda: batcher.counts()[0] == 1)
         with pytest.raises(KeyboardInterrupt):
             batcher.call(2, 1)
         with pytest.raises(ServiceError, match="call again"):
@@ -419,14 +419,14 @@ def test_ctrl_c_while_waiting_leaves_nothing_behind(interruptible: None) -> None
     batcher = Batcher(run, BatchingConfig(min_size=2, timeout_s=30.0))
 
     def interrupt() -> None:
-        wait_until(lambda: batcher.num_waiting == 1)
+        wait_until(lambda: batcher.counts()[0] == 1)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(interrupt)
         with pytest.raises(KeyboardInterrupt):
             batcher.call(1, 1)
-    assert batcher.num_waiting == 0
+    assert batcher.counts()[0] == 0
     for future in in_threads([lambda i=i: batcher.call(i, 1) for i in (2, 3)]):
         future.result(5.0)
     assert [sorted(items) for items in runs] == [[2, 3]]
