@@ -165,6 +165,11 @@ class SGLangWrapper(LLMWrapperBase):
         return self._settled.call.sampling
 
     @property
+    def sampling_params(self) -> SamplingParams:
+        """The same, under the name that ``vLLMWrapper`` uses."""
+        return self.sampling
+
+    @property
     def device(self) -> torch.device | None:
         """Device of the outputs; None follows the input."""
         return self._device
@@ -290,6 +295,10 @@ class SGLangWrapper(LLMWrapperBase):
             "SGLang does not return logits, so get_dist is not available; use a "
             "TransformersWrapper of the trainer's model."
         )
+
+    # What TorchRL's losses choose among; the base class would ask `forward` for logits.
+    _get_dist_with_prompt_mask = _get_dist_with_assistant_mask = get_dist
+    _get_dist_with_attention_mask = _get_dist_with_custom_mask = get_dist
 
     def log_prob(self, data: TensorDictBase, **get_kwargs: Any) -> Any:
         """Log-probs of ``data``'s whole sequences; needs ``generate=False``.
