@@ -670,8 +670,8 @@ TEMPLATES = """\
 ``SGLangWrapper`` renders a chat with the tokenizer's own template, the one that the model was
 trained with, and finds what the assistant wrote in any template. ``TransformersWrapper`` looks at
 the model's name first: with ``qwen``, ``llama``, ``deepseek``, ``falcon`` or ``dialogpt`` in it, a
-template of TorchRL's is used, whatever the tokenizer has; else the tokenizer's own, if it has ``{%
-generation %}`` tags; else TorchRL's ``chatml_format``. TorchRL's templates mark an answer without
+template of TorchRL's is used, whatever the tokenizer has; else the tokenizer's own, if it has
+``generation`` tags; else TorchRL's ``chatml_format``. TorchRL's templates mark an answer without
 the token that ends it. So prompt and assistant mask differ unless both are told the same template.
 Everything else on this page was compared with the tokenizer's own on both sides, as
 ``TransformersWrapper(chat_template=tokenizer.chat_template)``.
