@@ -9,11 +9,12 @@ installed; nothing of them is kept here or fetched. They run on a real server of
 No test is changed, and none is skipped that does not skip itself. What is put in place of what:
 
 - TorchRL's ``vLLMWrapper``, ``SGLangWrapper``, ``AsyncSGLang``, ``RLSGLangEngine``,
-  ``SGLangWeightSyncScheme`` and ``SGLangWeightSender`` are ours.
-- The fixtures ``vllm_instance`` and ``async_vllm_instance`` give a service of ours and a tokenizer.
+  ``SGLangWeightSyncScheme`` and ``SGLangWeightSender`` are ours; services start on the CPU.
+- ``vllm.LLM(...)`` and ``AsyncVLLM.from_pretrained(...)`` give the one service that tests share.
 - Hub names (``Qwen/Qwen2.5-0.5B`` and its like) are folders with a tiny model, below the folder
   that the tests run in: whatever loads them finds these first.
-- ``find_spec("vllm")`` finds something, so that the tests which ask for it run.
+- ``find_spec("vllm")`` finds something, so that the tests which ask for it run. Fixtures that make
+  an engine are told that there is a GPU; with ``--as-on-gpu``, modules are while they are read.
 
 Options relax what a drop-in need not have: ``--no-rollout`` leaves out the outputs that TorchRL's
 wrappers lack (``rollout_key=None``), ``--any-message`` takes every message of an expected error.
@@ -22,6 +23,7 @@ wrappers lack (``rollout_key=None``), ``--any-message`` takes every message of a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.machinery
 import json
@@ -41,9 +43,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 NAMES = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-3B", "gpt2")
 OPTIONS = "TORCHRL_SGLANG_SWAP"  # how the script tells them to the plugin
-ENGINES = ("vllm_instance", "async_vllm_instance", "sglang_service")
+ENGINES = ("vllm_instance", "async_vllm_instance", "vllm_instance_opt", "sglang_service")
 SWAPPED = {
-    "torchrl.modules.llm": ("vLLMWrapper", "SGLangWrapper", "AsyncSGLang", "RLSGLangEngine"),
+    "torchrl.modules.llm": (
+        "vLLMWrapper",
+        "SGLangWrapper",
+        "AsyncSGLang",
+        "RLSGLangEngine",
+        "AsyncVLLM",
+    ),
     "torchrl.modules.llm.policies": ("vLLMWrapper", "SGLangWrapper"),
     "torchrl.modules.llm.policies.vllm_wrapper": ("vLLMWrapper",),
     "torchrl.modules.llm.policies.sglang_wrapper": ("SGLangWrapper",),
@@ -83,37 +91,45 @@ class Swap:
         self.wrapper = torchrl_sglang.SGLangWrapper
         if self.options["no_rollout"]:
             self.wrapper = without_rollout(self.wrapper)
+        shared = types.SimpleNamespace(from_pretrained=lambda *_, **__: self.start())
+        ours = {
+            "vLLMWrapper": self.wrapper,
+            "SGLangWrapper": self.wrapper,
+            "AsyncSGLang": on_cpu(torchrl_sglang.AsyncSGLang),
+            "AsyncVLLM": shared,
+        }
         for module_name, names in SWAPPED.items():
             module = importlib.import_module(module_name)
             for name in names:
-                ours = self.wrapper if name.endswith("Wrapper") else getattr(torchrl_sglang, name)
-                setattr(module, name, ours)
-        vllm = types.ModuleType("vllm")
-        vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", loader=None)
-        sys.modules["vllm"] = vllm
+                setattr(module, name, ours.get(name) or getattr(torchrl_sglang, name))
+        for name in ("vllm", "vllm.envs"):
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
+        sys.modules["vllm"].envs = sys.modules["vllm.envs"]
+        sys.modules["vllm"].LLM = lambda *_, **__: self.start()
         if self.options["any_message"]:
             accept_any_message()
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Any:
-        if fixturedef.argname not in ENGINES[:2]:
-            return None
-        from transformers import AutoTokenizer
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self) -> Iterator[None]:
+        with a_gpu_is_said_to_be_there(self.options["as_on_gpu"]):
+            return (yield)
 
-        tokenizer = AutoTokenizer.from_pretrained(NAMES[0])
-        tokenizer.pad_token = tokenizer.eos_token  # as the fixtures that it stands for
-        value = (self.start(), tokenizer)
-        fixturedef.cached_result = (value, fixturedef.cache_key(request), None)
-        return value
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        with a_gpu_is_said_to_be_there(fixturedef.argname in ENGINES):
+            return (yield)
 
     def start(self) -> Any:
         """One server for all tests."""
         if self.service is None:
+            from transformers import AutoTokenizer
+
             from torchrl_sglang import AsyncSGLang
 
-            self.service = AsyncSGLang.from_pretrained(
-                NAMES[0], device="cpu", max_total_tokens=16384, random_seed=0
-            )
+            self.service = on_cpu(AsyncSGLang).from_pretrained(NAMES[0], random_seed=0)
+            tokenizer = AutoTokenizer.from_pretrained(NAMES[0])
+            self.service.get_tokenizer = lambda: tokenizer  # as vLLM's engine has it
         return self.service
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
@@ -162,6 +178,29 @@ def without_rollout(cls: type) -> type:
     return SGLangWrapper
 
 
+def on_cpu(cls: type) -> type:
+    """The service, started on the CPU and in little memory unless something else is asked for."""
+
+    class AsyncSGLang(cls):
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            small = {"device": "cpu", "max_total_tokens": 16384}
+            return super().from_pretrained(*args, **{**small, **kwargs})
+
+    return AsyncSGLang
+
+
+@contextlib.contextmanager
+def a_gpu_is_said_to_be_there(wanted: bool) -> Iterator[None]:
+    """For the conditions under which tests skip themselves; nothing uses a GPU."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+        yield
+
+
 def accept_any_message() -> None:
     """``pytest.raises`` looks at types alone."""
     raises = pytest.raises
@@ -186,6 +225,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("tests", type=Path, nargs="+", help="TorchRL's test files")
     parser.add_argument("--no-rollout", action="store_true", help="rollout_key=None by default")
     parser.add_argument("--any-message", action="store_true", help="errors are matched by type")
+    parser.add_argument("--as-on-gpu", action="store_true", help="run what skips without a GPU")
     parser.add_argument("--every-item", action="store_true", help="also what uses no class of ours")
     return parser.parse_known_args()
 
@@ -199,7 +239,8 @@ def command(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterator
 
 def main() -> int:
     args, rest = arguments()
-    options = {name: getattr(args, name) for name in ("no_rollout", "any_message", "every_item")}
+    names = ("no_rollout", "any_message", "every_item", "as_on_gpu")
+    options = {name: getattr(args, name) for name in names}
     with tempfile.TemporaryDirectory(prefix="torchrl-tests-") as scratch:
         folder = Path(scratch)
         write_models(folder)
