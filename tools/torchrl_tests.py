@@ -4,7 +4,8 @@ The tests are read from a folder that the user names, a checkout of TorchRL at t
 installed; nothing of them is kept here or fetched. They run on a real server of ours on the CPU.
 
     git clone --branch v0.14.1 https://github.com/pytorch/rl
-    .venv/bin/python tools/torchrl_tests.py rl/test/llm/test_wrapper.py
+    .venv/bin/python tools/torchrl_tests.py rl/test/llm/test_wrapper.py --no-rollout --any-message
+    .venv/bin/python tools/torchrl_tests.py rl/test/llm/test_sglang.py --as-on-gpu --runslow
 
 No test is changed, and none is skipped that does not skip itself. What is put in place of what:
 
