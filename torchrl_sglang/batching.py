@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -87,6 +88,7 @@ class Batcher(Generic[Item, Result]):
         self._run = run
         self._config = config
         self._queue: list[_Waiting[Item, Result]] = []
+        self._num_calls = 0
         self._changed = threading.Condition()
 
     def call(self, item: Item, size: int) -> Result:
@@ -95,11 +97,15 @@ class Batcher(Generic[Item, Result]):
         Args:
             item: what to run.
             size: how many rows it counts for.
+
+        Raises:
+            ServiceError: `release` ended the wait.
         """
         mine: _Waiting[Item, Result] = _Waiting(item, size, time.monotonic())
         try:
             with self._changed:
                 self._queue.append(mine)
+                self._num_calls += 1
                 self._wait_for_batch(mine)
             if mine.batch:
                 self._run_batch(mine.batch)
@@ -107,18 +113,36 @@ class Batcher(Generic[Item, Result]):
         except BaseException as error:
             self._give_up(mine, error)
             raise
+        finally:
+            with self._changed:
+                self._num_calls -= 1
 
-    @property
-    def num_waiting(self) -> int:
-        """Items that wait for others."""
-        return len(self._queue)
+    def counts(self) -> tuple[int, int]:
+        """Items that wait for others, and items without a result yet, these included."""
+        with self._changed:
+            return len(self._queue), self._num_calls
+
+    def release(self, *, run: bool) -> None:
+        """Ends every wait for others: what waits is run now, or its callers get an error.
+
+        Returns at once. What is being run goes on.
+        """
+        with self._changed:
+            if run:
+                for waiting in self._queue:
+                    waiting.since = -math.inf
+            else:
+                for waiting in self._queue:
+                    said = "the wait for other calls was ended by cleanup_batching(): call again."
+                    _settle(waiting.result, ServiceError(said))
+                self._queue = []
+            self._changed.notify_all()
 
     def _wait_for_batch(self, mine: _Waiting[Item, Result]) -> None:
         """Returns once the caller has a batch to run, or another thread took its item."""
-        deadline = mine.since + self._config.timeout_s
         while mine in self._queue:
             rows = sum(waiting.size for waiting in self._queue)
-            left = deadline - time.monotonic()
+            left = mine.since + self._config.timeout_s - time.monotonic()
             if rows >= self._config.min_size or left <= 0:
                 self._take(mine)
             else:

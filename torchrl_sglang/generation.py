@@ -262,7 +262,7 @@ class GeneratingModel(ServedModel):
             within_s=request_s - (time.monotonic() - start),
             seeded=self.info.features.deterministic,
             two_parts=self._two_parts,
-            workers=tuple(w.url for w in cluster.workers) if cluster.behind_router else (),
+            workers=tuple(w.url for w in self.workers) if cluster.behind_router else (),
         )
 
     def check(self, batch: Sequence[GenerateRequest]) -> None:

@@ -11,7 +11,13 @@ from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from torchrl.modules.llm.policies.common import LLMWrapperBase
 
 from .completions import Completion
-from .errors import InputError, InputTypeError, SGLangError, UnsupportedOptionError
+from .errors import (
+    ConfigError,
+    InputError,
+    InputTypeError,
+    SGLangError,
+    UnsupportedOptionError,
+)
 from .live import find_service
 from .protocol import LogitProcessor
 from .rollout.call import Call, shared_batcher
@@ -19,6 +25,8 @@ from .rollout.resumed import ResumedCall
 from .rollout.setup import settle
 from .sampling import SamplingParams
 from .service import AsyncSGLang
+
+NOT_SETTINGS = ("self", "__class__", "service", "model")
 
 
 class SGLangWrapper(LLMWrapperBase):
@@ -34,6 +42,7 @@ class SGLangWrapper(LLMWrapperBase):
 
     Args:
         service: the rollout service, or the URL of a router or server.
+        model: the same, under the name that TorchRL's wrappers use.
         tokenizer: Hugging Face tokenizer, or a folder or hub name; the served model's by default.
         input_mode: ``"history"``, ``"text"`` or ``"tokens"``.
         input_key: where the prompts are; by default ``(input_mode, "prompt")``, or ``"full"``
@@ -98,8 +107,9 @@ class SGLangWrapper(LLMWrapperBase):
 
     def __init__(
         self,
-        service: AsyncSGLang | str,
+        service: AsyncSGLang | str | None = None,
         *,
+        model: AsyncSGLang | str | None = None,
         tokenizer: Any = None,
         input_mode: str = "history",
         input_key: NestedKey | None = None,
@@ -137,15 +147,14 @@ class SGLangWrapper(LLMWrapperBase):
         rollout_key: NestedKey | None = "rollout",
         extras: Sequence[str] | Mapping[str, Any] = (),
     ) -> None:
-        given = {k: v for k, v in locals().items() if k not in ("self", "service", "__class__")}
+        given = {k: v for k, v in locals().items() if k not in NOT_SETTINGS}
         super().__init__()
-        if isinstance(service, str):
-            service = find_service(service) or AsyncSGLang.connect(service)
-        self.service = service
+        self.service = _service(service, model)
         self._given = given
         self._settled = settled = settle(given, self.service.info.tokenizer_path)
         self._device = torch.device(device) if device is not None else None
-        # What TorchRL reads of its own wrappers.
+        self._batcher = shared_batcher(self.service, settled.batching)
+        # What TorchRL and its users read of its own wrappers.
         self.input_mode, self.generate = settled.mode, settled.generate
         self.inplace = settled.inplace
         self.num_samples, self.layout, self.pad_output = settled.num_samples, layout, pad_output
@@ -158,12 +167,33 @@ class SGLangWrapper(LLMWrapperBase):
         self._min_batch_size = settled.batching.min_size if settled.batching else None
         self._max_batch_size = settled.batching.max_size if settled.batching else None
         self._batching_timeout = batching_timeout
-        self._batcher = shared_batcher(self.service, settled.batching)
+        self.return_text, self.return_tokens, self.return_masks, self.return_history = (
+            key is not None
+            for key in (
+                settled.outputs.text_key,
+                settled.outputs.tokens_key,
+                settled.outputs.masks_key,
+                settled.outputs.history_key,
+            )
+        )
+        self.generate_kwargs = dict(generate_kwargs or {})
+        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
+        self.chat_template, self.chat_template_name = (
+            settled.prompts.chats.template,
+            chat_template_name,
+        )
+        self.attention_mask_key, self.pad_model_input = attention_mask_key, False
+        self.padding_value = settled.outputs.pad_id
 
     @property
     def sampling(self) -> SamplingParams:
         """How it samples."""
         return self._settled.call.sampling
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """The same, under the name that ``vLLMWrapper`` uses."""
+        return self.sampling
 
     @property
     def device(self) -> torch.device | None:
@@ -329,6 +359,10 @@ class SGLangWrapper(LLMWrapperBase):
             "TransformersWrapper of the trainer's model."
         )
 
+    # What TorchRL's losses choose among; the base class would ask `forward` for logits.
+    _get_dist_with_prompt_mask = _get_dist_with_assistant_mask = get_dist
+    _get_dist_with_attention_mask = _get_dist_with_custom_mask = get_dist
+
     def log_prob(self, data: TensorDictBase, **get_kwargs: Any) -> Any:
         """Log-probs of ``data``'s whole sequences; needs ``generate=False``.
 
@@ -344,16 +378,47 @@ class SGLangWrapper(LLMWrapperBase):
         return self(data).get((self.log_probs_key, "full"), **get_kwargs)
 
     def get_batching_state(self) -> dict[str, Any]:
-        """What is waiting to be sent, for looking into a loop that seems stuck."""
+        """What waits to be sent and what is being generated, to look into a loop that seems stuck.
+
+        ``queue_size`` calls wait for others; ``pending_futures`` counts these and those whose
+        prompts are being generated, for which ``processing`` is True and ``lock_state`` "locked".
+        Without batching: ``batching_enabled=False`` alone.
+        """
         if self._batcher is None:
             return {"batching_enabled": False}
+        waiting, pending = self._batcher.counts()
         return {
             "batching_enabled": True,
             "min_batch_size": self._min_batch_size,
             "max_batch_size": self._max_batch_size,
-            "queue_size": self._batcher.num_waiting,
+            "queue_size": waiting,
+            "pending_futures": pending,
+            "processing": pending > waiting,
+            "lock_state": "locked" if pending > waiting else "unlocked",
             "timeout": self._batching_timeout,
         }
 
     def cleanup_batching(self, *, flush: bool = False) -> None:
-        """Nothing to clean: no call leaves anything behind."""
+        """Ends every call's wait for others; what is being generated goes on.
+
+        Args:
+            flush: what waits is sent now; else its callers get a `ServiceError`.
+        """
+        batcher = getattr(self, "_batcher", None)  # TorchRL's __del__ calls this, come what may
+        if batcher is not None:
+            batcher.release(run=flush)
+
+
+def _service(service: Any, model: Any) -> AsyncSGLang:
+    """The rollout service, under whichever of its two names it was given."""
+    if (service is None) == (model is None):
+        raise ConfigError("pass exactly one of service and model, which is TorchRL's name for it.")
+    given = model if service is None else service
+    if isinstance(given, str):
+        given = find_service(given) or AsyncSGLang.connect(given)
+    if not isinstance(given, AsyncSGLang):
+        raise ConfigError(
+            f"service must be an AsyncSGLang or the URL of a router or server, got "
+            f"{type(given).__name__}."
+        )
+    return given

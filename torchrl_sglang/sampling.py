@@ -166,6 +166,11 @@ class SamplingParams:
         return sent
 
     @property
+    def max_tokens(self) -> int:
+        """``max_new_tokens``, under the name that vLLM has for it."""
+        return self.max_new_tokens
+
+    @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken, with probability 1."""
         return self.temperature == 0 or self.top_k == 1

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -361,7 +362,7 @@ def test_every_item_runs_once_under_load() -> None:
     assert results == [2 * i for i in range(300)]
     assert sorted(item for run_items in runs for item in run_items) == list(range(300))
     assert all(sum(1 + i % 5 for i in run_items) <= 20 for run_items in runs)
-    assert batcher.num_waiting == 0
+    assert batcher.counts()[0] == 0
 
 
 def test_a_batch_that_forgets_somebody_leaves_nobody_waiting() -> None:
@@ -401,7 +402,7 @@ def test_ctrl_c_while_running_does_not_look_like_ctrl_c_elsewhere(interruptible:
     batcher = Batcher(run, BatchingConfig(min_size=2, timeout_s=30.0))
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(batcher.call, 1, 1)
-        wait_until(lambda: batcher.num_waiting == 1)
+        wait_until(lambda: batcher.counts()[0] == 1)
         with pytest.raises(KeyboardInterrupt):
             batcher.call(2, 1)
         with pytest.raises(ServiceError, match="call again"):
@@ -419,14 +420,14 @@ def test_ctrl_c_while_waiting_leaves_nothing_behind(interruptible: None) -> None
     batcher = Batcher(run, BatchingConfig(min_size=2, timeout_s=30.0))
 
     def interrupt() -> None:
-        wait_until(lambda: batcher.num_waiting == 1)
+        wait_until(lambda: batcher.counts()[0] == 1)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(interrupt)
         with pytest.raises(KeyboardInterrupt):
             batcher.call(1, 1)
-    assert batcher.num_waiting == 0
+    assert batcher.counts()[0] == 0
     for future in in_threads([lambda i=i: batcher.call(i, 1) for i in (2, 3)]):
         future.result(5.0)
     assert [sorted(items) for items in runs] == [[2, 3]]
@@ -451,6 +452,65 @@ def test_a_timeout_of_zero_waits_for_nobody() -> None:
     start = time.monotonic()
     assert batcher.call(4, 1) == 8
     assert time.monotonic() - start < 0.5
+
+
+@pytest.mark.parametrize("run", [True, False])
+def test_every_wait_can_be_ended(run: bool) -> None:
+    """What waits is run now, or fails; what is being run goes on; later calls wait as ever."""
+    may_end = threading.Event()
+
+    def slowly(items: list[int], done: Done) -> None:
+        if 0 in items:
+            may_end.wait(10.0)
+        double(items, done)
+
+    batcher = Batcher(slowly, BatchingConfig(min_size=4, timeout_s=30.0))
+    with ThreadPoolExecutor(4) as pool:
+        running = pool.submit(batcher.call, 0, 4)
+        wait_until(lambda: batcher.counts() == (0, 1))
+        waiting = [pool.submit(batcher.call, item, 1) for item in (1, 2)]
+        wait_until(lambda: batcher.counts() == (2, 3))
+        batcher.release(run=run)
+        for item, future in zip((1, 2), waiting, strict=True):
+            if run:
+                assert future.result(5.0) == 2 * item
+            else:
+                with pytest.raises(ServiceError, match="cleanup_batching"):
+                    future.result(5.0)
+        wait_until(lambda: batcher.counts() == (0, 1))
+        assert not running.done()
+        later = pool.submit(batcher.call, 3, 1)
+        wait_until(lambda: batcher.counts() == (1, 2))
+        may_end.set()
+        assert running.result(5.0) == 0
+        assert not later.done()
+        batcher.release(run=True)
+        assert later.result(5.0) == 6
+    assert batcher.counts() == (0, 0)
+
+
+def test_the_state_says_what_waits_and_what_is_generated(service: AsyncSGLang) -> None:
+    policy = batching_policy(service, min_batch_size=3, batching_timeout=60.0)
+    idle = {"queue_size": 0, "pending_futures": 0, "processing": False, "lock_state": "unlocked"}
+
+    def state() -> dict[str, Any]:
+        return {name: policy.get_batching_state()[name] for name in idle}
+
+    assert state() == idle
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(policy, rows([20, 21]))
+        wait_until(lambda: state() == {**idle, "queue_size": 1, "pending_futures": 1})
+        policy.cleanup_batching()
+        assert isinstance(first.exception(5.0), ServiceError)
+        wait_until(lambda: state() == idle)
+        long = policy.get_new_version(generate_kwargs={"max_new_tokens": 1000, "ignore_eos": True})
+        second = pool.submit(long, rows([20, 21]))
+        wait_until(lambda: long.get_batching_state()["queue_size"] == 1)
+        long.cleanup_batching(flush=True)
+        busy = {"queue_size": 0, "pending_futures": 1, "processing": True, "lock_state": "locked"}
+        wait_until(lambda: {name: long.get_batching_state()[name] for name in busy} == busy)
+        assert second.result(60.0)["tokens"].get("response", as_list=True)[0].numel() == 1000
+    assert {name: long.get_batching_state()[name] for name in idle} == idle
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,11 @@ def test_the_page_is_true(service: AsyncSGLang, model: Any, tokenizer: Any) -> N
     assert parity.unexplained(table) == []
     used = {row.note for rows in table.values() for row in rows}
     assert used == {None, *(note.label for note in parity.NOTES)}
-    assert parity.render(table) == parity.PAGE.read_text(), "run tools/parity_table.py"
+    templates = parity.template_results(service, model, tokenizer)
+    page = parity.render(table, templates)
+    assert page == parity.PAGE.read_text(), "run tools/parity_table.py"
+    advised = [text and mask for case, text, mask in templates if case.told is not None]
+    assert advised == [True, True]
 
 
 def change_ids(row: Any) -> None:

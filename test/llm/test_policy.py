@@ -18,6 +18,7 @@ from torchrl_sglang.errors import (
     EmptyBatchError,
     EmptyPromptError,
     InputError,
+    InputTypeError,
     PromptTooLongError,
     TokenizerError,
     UnsupportedOptionError,
@@ -394,9 +395,70 @@ def test_missing_and_wrong_input(service: AsyncSGLang) -> None:
         SGLangWrapper(service)(words)
 
 
-def test_get_dist_is_refused(service: AsyncSGLang) -> None:
+def test_input_of_another_type_is_a_type_error_too(service: AsyncSGLang) -> None:
+    """TorchRL's wrappers raise TypeError; an `InputError` it is all the same."""
+    for wrong in (ChatHistory(prompt="hello"), TensorDict(prompt=torch.zeros(2), batch_size=2)):
+        with pytest.raises(TypeError, match="History") as raised:
+            SGLangWrapper(service)(TensorDict(history=wrong, batch_size=2))
+        assert isinstance(raised.value, InputTypeError)
+        assert isinstance(raised.value, InputError)
+    numbers = TensorDict(text=TensorDict(prompt=torch.zeros(2), batch_size=2), batch_size=2)
+    with pytest.raises(TypeError, match="strings"):
+        SGLangWrapper(service, input_mode="text")(numbers)
+
+
+@pytest.mark.parametrize("strategy", ["", "_sft", "_rlhf", "_generic"])
+def test_get_dist_is_refused(service: AsyncSGLang, strategy: str) -> None:
+    policy = SGLangWrapper(service, generate=False)
+    name = f"_get{strategy}_dist" if strategy else "get_dist"
     with pytest.raises(NotImplementedError, match="does not return logits"):
-        SGLangWrapper(service).get_dist(TensorDict())
+        getattr(policy, name)(TensorDict())
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize("mode", ["history", "text", "tokens"])
+def test_the_names_of_torchrl_s_wrappers(
+    service: AsyncSGLang, tokenizer: Any, mode: str, generate: bool
+) -> None:
+    options = {"max_new_tokens": 7} if generate else None
+    policy = SGLangWrapper(
+        model=service, input_mode=mode, generate=generate, generate_kwargs=options, masks_key=None
+    )
+    assert policy.model is policy.service is service
+    returned = {"text": policy.return_text, "tokens": policy.return_tokens}
+    returned |= {"masks": policy.return_masks, "history": policy.return_history}
+    assert returned == {key: key in policy.out_keys for key in returned}
+    assert policy.generate_kwargs == (options or {})
+    assert policy.sampling_params.max_tokens == (7 if generate else 128)
+    assert policy.tokenizer_kwargs == {}
+    assert policy.chat_template == (tokenizer.chat_template if mode == "history" else None)
+    assert policy.chat_template_name is None
+    assert policy.attention_mask_key == "attention_mask"
+    assert policy.padding_value == tokenizer.pad_token_id
+    assert policy.pad_model_input is False
+
+
+def test_the_names_follow_what_was_given(service: AsyncSGLang) -> None:
+    policy = SGLangWrapper(
+        service,
+        chat_template_name="qwen",
+        attention_mask_key=("mine", "mask"),
+        tokenizer_kwargs={"add_special_tokens": False},
+    )
+    for wrapper in (policy, policy.get_new_version(model=service)):
+        assert wrapper.chat_template_name == "qwen"
+        assert "<tool_call>" in wrapper.chat_template
+        assert wrapper.attention_mask_key == ("mine", "mask")
+        assert wrapper.tokenizer_kwargs == {"add_special_tokens": False}
+
+
+def test_the_service_under_one_of_its_names(service: AsyncSGLang) -> None:
+    assert SGLangWrapper(model=service.server_url).service is service
+    for both in ({"service": service, "model": service}, {}):
+        with pytest.raises(ConfigError, match="exactly one"):
+            SGLangWrapper(**both)
+    with pytest.raises(ConfigError, match="an AsyncSGLang or the URL"):
+        SGLangWrapper(torch.nn.Linear(1, 1))
 
 
 def test_a_tokenizer_that_cleans_spaces_up(service: AsyncSGLang, model_path: Any) -> None:
