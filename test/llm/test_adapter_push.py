@@ -665,7 +665,7 @@ def test_a_name_of_ones_own(service: AsyncSGLang, connected: Push, model: Any) -
 def test_servers_without_lora(shared_service: AsyncSGLang) -> None:
     scheme = SGLangWeightSyncScheme(shared_service, config=WeightSyncConfig(method="lora"))
     with pytest.raises(UnsupportedOptionError, match=r"without LoRA: .*enable_lora=True"):
-        scheme.connect_once()
+        scheme.connect()
 
 
 def test_a_broken_service(service: AsyncSGLang, connected: Push, model: Any) -> None:

@@ -626,7 +626,7 @@ from torchrl_sglang import SGLangWeightSyncScheme, WeightSyncConfig
 service, path, method = pickle.loads(bytes.fromhex(sys.argv[1]))
 model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")
 scheme = SGLangWeightSyncScheme(service, config=WeightSyncConfig(method=method))
-scheme.connect_once()
+scheme.connect()
 scheme.send(model)
 if method == "disk":
     print(len([n for n in os.listdir(tempfile.gettempdir()) if n.startswith("torchrl_sglang-")]))

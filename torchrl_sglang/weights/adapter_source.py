@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from ..adapter_folder import LORA_WEIGHT, adapter_path, find_problem, find_unread
-from ..errors import NotConnectedError, UnsupportedOptionError, WeightsError
+from ..errors import UnsupportedOptionError, WeightsError
 from .sharded import is_sharded
 from .source import check_dtypes, check_finite, plain_name, shown, unwrap
 
@@ -65,13 +65,13 @@ def read_adapter(
         finite: refuse NaN and infinity.
 
     Raises:
-        NotConnectedError: there is nothing to push.
-        WeightsError: it is no such thing, or its names, shapes, dtypes or values are wrong.
+        WeightsError: there is none, or it is no such thing, or its names, shapes, dtypes or values
+            are wrong.
         UnsupportedOptionError: an adapter that SGLang would compute wrongly.
         ConfigError: a folder with no adapter, or with a damaged one.
     """
     if source is None:
-        raise NotConnectedError(f"there is no adapter to push: {WORKS}")
+        raise WeightsError(f"there is no adapter to push: {WORKS}")
     if isinstance(source, str | os.PathLike):
         return AdapterSource(folder=adapter_path(source, server_urls))
     is_mapping = isinstance(source, Mapping | TensorDictBase)
