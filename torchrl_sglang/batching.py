@@ -10,14 +10,12 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from .config import naming_neighbours
 from .errors import ConfigError, ServiceError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@naming_neighbours
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
     """When what was collected is sent.

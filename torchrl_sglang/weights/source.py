@@ -224,16 +224,16 @@ def served_names(
         # Judged by the names as they were given, which the caller recognises.
         unknown = [name for name in named if name not in known] or unknown
         raise WeightsError(
-            f"{counted(len(unknown), 'name')} not of the served model {expected.model_path}: "
+            f"{are(len(unknown), 'name')} not of the served model {expected.model_path}: "
             f"{shown(unknown)}. It has names like {shown(list(expected.parameters))}."
         )
     found = set(named.values())
     missing = [name for name in expected.parameters if name not in found]
     if missing and not partial:
         raise WeightsError(
-            f"{counted(len(missing), 'parameter')} of {len(expected.parameters)} missing, of "
-            f"{expected.model_path}: {shown(missing)}. A push takes the whole model, unless it is "
-            "told partial=True."
+            f"of {len(expected.parameters)} parameters of {expected.model_path}, {len(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: {shown(missing)}. A push takes the "
+            "whole model, unless it is told partial=True."
         )
     return named
 
@@ -282,27 +282,27 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
     ]
     if wrong:
         raise WeightsError(
-            f"{len(wrong)} of {counted(len(weights), 'tensor')} hold NaN or infinity: "
-            f"{shown(wrong)}. The servers still run their old weights. (A push of such weights on "
+            f"NaN or infinity in {len(wrong)} of the {len(weights)} tensors: {shown(wrong)}. The "
+            f"servers still run their old weights. (A push of such weights on "
             "purpose takes WeightSyncConfig(check_finite=False).)"
         )
 
 
 def _are_finite(tensors: list[torch.Tensor]) -> list[bool]:
     """Whether tensors hold no NaN and no infinity, read once and waited for once."""
+    if not tensors:
+        return []
     if all(tensor.is_cuda for tensor in tensors):
         ends = [*torch._foreach_norm(tensors, math.inf)]  # one kernel for many tensors
     else:  # on a CPU the smallest and the largest are found several times as fast as a norm
         ends = [torch.stack(tensor.aminmax()).abs().amax() for tensor in tensors]
-    if not ends:
-        return []
     finite: list[bool] = torch.stack([end.float().cpu() for end in ends]).isfinite().tolist()
     return finite
 
 
-def counted(number: int, thing: str) -> str:
-    """A number of things: "1 name", "2 names"."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+def are(number: int, thing: str) -> str:
+    """A number of things, and the verb: "1 name is", "2 names are"."""
+    return f"{number} {thing} is" if number == 1 else f"{number} {thing}s are"
 
 
 def shown(names: list[str]) -> str:
