@@ -31,6 +31,8 @@ from torchrl_sglang.errors import (
 from torchrl_sglang.gate import ServiceState
 from torchrl_sglang.weights.broadcast import ROUTE, Broadcast
 
+pytestmark = pytest.mark.filterwarnings("ignore:state_dict strategy is experimental:UserWarning")
+
 Make = Callable[..., SGLangWeightSyncScheme]
 INIT = "/init_weights_update_group"
 

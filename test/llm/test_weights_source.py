@@ -296,7 +296,7 @@ def test_a_model_without_values(tied_model: Any, tied_served: Expected) -> None:
 
 
 def test_the_whole_model_or_nothing(tied_model: Any, tied_served: Expected) -> None:
-    with pytest.raises(WeightsError, match="of 26 parameters of .* 26 are missing"):
+    with pytest.raises(WeightsError, match=r"of 26 parameters of .* 26 are missing"):
         matched({}, tied_served)
     body = named_weights(tied_model.model)  # without the head, whose names lack `model.`
     with pytest.raises(WeightsError, match="names are not of"):

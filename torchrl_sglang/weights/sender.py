@@ -276,7 +276,7 @@ def check_engine(engine: Any, service: Any) -> None:
     if engine is service:
         return
     cluster = getattr(engine, "cluster", None)
-    url = getattr(engine, "server_url", None)
+    url = engine if isinstance(engine, str) else getattr(engine, "server_url", None)
     ours = {service.server_url, *(worker.url for worker in service.workers)}
     if cluster is not None:
         same = {w.url for w in cluster.workers} == {w.url for w in service.workers}
