@@ -58,7 +58,7 @@ def stall(payloads, index, bucket):
 Payloads._flattened = stall
 config = WeightSyncConfig(bucket_bytes=1 << 20, layout="flattened")
 scheme = SGLangWeightSyncScheme(service, device=device, config=config)
-scheme.connect_once()
+scheme.connect()
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 scheme.send(model.to(device or "cpu"))
 """

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from .errors import ConfigError
+
+T = TypeVar("T")
 
 Device = Literal["cpu", "cuda"]
 RouterPolicy = Literal["round_robin", "random", "cache_aware", "power_of_two"]
@@ -33,6 +37,23 @@ def _check_port(port: object) -> None:
     _require(valid, f"port must be an integer from 1 to 65535, or None, got {port!r}.")
 
 
+def naming_neighbours(config: type[T]) -> type[T]:
+    """Has a dataclass refuse an option that it doesn't have with a `ConfigError` that helps."""
+    make, known = config.__init__, [*config.__dataclass_fields__]  # type: ignore[attr-defined]
+
+    @functools.wraps(make)
+    def checked(self: T, *args: Any, **options: Any) -> None:
+        for name in options.keys() - {*known}:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
+            raise ConfigError(f"{config.__name__} has no option {name!r}: {hint}")
+        make(self, *args, **options)
+
+    setattr(config, "__init__", checked)  # noqa: B010
+    return config
+
+
+@naming_neighbours
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """How one managed SGLang server is started.
@@ -105,6 +126,7 @@ class ServerConfig:
         return self.num_gpus
 
 
+@naming_neighbours
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """How the managed router is started.
@@ -138,6 +160,7 @@ class RouterConfig:
         _require(not own, f"router options {own} are decided by the service: leave them out.")
 
 
+@naming_neighbours
 @dataclass(frozen=True, kw_only=True)
 class Timeouts:
     """Every bound on waiting, in seconds.
@@ -196,6 +219,7 @@ class Timeouts:
         return min(self.control_s, self.bucket_s(num_bytes)) if device == "cpu" else self.control_s
 
 
+@naming_neighbours
 @dataclass(frozen=True, kw_only=True)
 class WeightSyncConfig:
     """How weights are pushed.
@@ -225,7 +249,8 @@ class WeightSyncConfig:
         flush_cache: empty the servers' prefix caches while they are paused, so that no request
             of any client, salted or not, meets a prefix computed by old weights. None: do so,
             except in ``"in_place"``, where servers refuse it and salts alone keep versions apart.
-        check_finite: refuse weights with NaN or infinity, before anything is paused.
+        check_finite: refuse weights with NaN or infinity, before anything is paused. It reads all
+            weights once.
         lost_engines: what to do when a server dies in a push: ``"raise"`` at once; ``"drop"`` it,
             report it, and push to the others; or ``"restart"`` it, which only the process that
             started it can, and push to all. Over NCCL its death leaves the others stuck in a
@@ -246,7 +271,7 @@ class WeightSyncConfig:
     verify_method: VerifyMethod = "auto"
     probe_tolerance: float = 0.05
     flush_cache: bool | None = None
-    check_finite: bool = False
+    check_finite: bool = True
     lost_engines: LostEngines = "raise"
     non_blocking: bool = False
     adapter_name: str = "policy"

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .errors import NotConnectedError, WeightsError
+from .errors import NotConnectedError, UnsupportedOptionError
 from .launch.ports import PortReservation
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class RLSGLangEngine(abc.ABC):
         """Completes one prompt or many."""
 
     @abc.abstractmethod
-    def flush_cache(self) -> None:
-        """Empties the prefix caches."""
+    def flush_cache(self) -> bool:
+        """Empties the prefix caches; True once they are empty."""
 
     @abc.abstractmethod
     def shutdown(self) -> None:
@@ -81,14 +81,14 @@ class RLSGLangEngine(abc.ABC):
     ) -> None:
         """Joins this process and all ranks of all servers into one collective.
 
-        Leaves the one before, if there is one.
+        Leaves the one before, if there is one, also an `SGLangWeightSyncScheme`'s, with a warning.
 
         Args:
             master_address: address at which the servers reach this process.
             master_port: port of the rendezvous; a free one by default.
 
         Raises:
-            AlreadyConnectedError: an `SGLangWeightSyncScheme` is connected to this engine.
+            AlreadyConnectedError: another weight sync of this process is in the middle of a push.
             TopologyError: a server can't take part.
             PushError: a server refused or did not come.
         """
@@ -99,7 +99,7 @@ class RLSGLangEngine(abc.ABC):
         scheme = SGLangWeightSyncScheme(
             engine, master_address=master_address, master_port=master_port
         )
-        scheme.connect_once()
+        scheme.connect()
         self._pusher = scheme
 
     def close_weight_update_group(self) -> None:
@@ -121,25 +121,26 @@ class RLSGLangEngine(abc.ABC):
         """
         if self._pusher is None or not self._pusher.synchronized_on_sender:
             raise NotConnectedError("call init_weight_update_group() before update_weights().")
-        self._pusher.push(named_once(weights))
+        self._pusher.push(weights)
 
+    def update_weights_from_distributed(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> None:
+        """Refuses: a push tells the servers of each tensor itself, when it broadcasts it.
 
-def named_once(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """What an iterator, or a mapping, names.
+        Args:
+            name: not used.
+            dtype: not used.
+            shape: not used.
 
-    Raises:
-        WeightsError: a name comes twice, or something is no pair.
-    """
-    items = getattr(weights, "items", None)
-    named: dict[str, torch.Tensor] = {}
-    for pair in items() if items is not None else weights:
-        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise WeightsError(f"weights come as pairs of name and tensor, not {type(pair)}.")
-        name, tensor = pair
-        if name in named:
-            raise WeightsError(f"the weights name {name} twice.")
-        named[name] = tensor
-    return named
+        Raises:
+            UnsupportedOptionError: always.
+        """
+        raise UnsupportedOptionError(
+            f"{name} is not announced by itself: a broadcast of yours would not be in the group "
+            "that the servers joined. Call update_weights([(name, tensor), ...]), which announces "
+            "and broadcasts, after init_weight_update_group()."
+        )
 
 
 def local_address(url: str) -> str:

@@ -30,7 +30,7 @@ Every error derives from `SGLangError`, and from the builtin that fits, so that 
     └── WeightSyncError
         ├── WeightsError (ValueError)         wrong names, shapes or dtypes, found before any pause
         ├── VersionError (ValueError)         a version that is not higher than the servers'
-        ├── NotConnectedError (RuntimeError)  a push before ``connect``
+        ├── NotConnectedError (RuntimeError)  a push without servers
         ├── AlreadyConnectedError (RuntimeError) another weight sync pushes to this service
         ├── TopologyError (ValueError)        DP or PP, which a broadcast can't reach
         ├── PushError (RuntimeError)          a step failed on an engine; names engine, step, bucket
@@ -194,11 +194,11 @@ class VersionError(WeightSyncError, ValueError):
 
 
 class NotConnectedError(WeightSyncError, RuntimeError):
-    """A push before ``connect``, or without a model to take weights from."""
+    """A push without servers: none were named, the weight sync was closed, or another took over."""
 
 
 class AlreadyConnectedError(WeightSyncError, RuntimeError):
-    """Another weight sync of this process pushes to the service: close that one first."""
+    """Another weight sync of this process is in the middle of a push to the service."""
 
 
 class TopologyError(WeightSyncError, ValueError):

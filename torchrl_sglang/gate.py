@@ -74,10 +74,16 @@ class UpdateGate:
             first = self._pusher() if self._pusher is not None else None
             if first is not None and first is not pusher:
                 raise AlreadyConnectedError(
-                    f"{first!r} is connected to this service already, and two would take turns in "
-                    "overwriting each other's weights: use that one, or close() it first."
+                    f"{first!r} is in the middle of a push to this service, and two would "
+                    "overwrite each other's weights: use that one, or wait until it is done."
                 )
             self._pusher = weakref.ref(pusher)
+
+    @property
+    def pusher(self) -> Any:
+        """Who may change the weights; None if nobody has claimed them, or is there any more."""
+        with self._changed:
+            return self._pusher() if self._pusher is not None else None
 
     def release(self, pusher: Any) -> None:
         """Lets the next one claim the weights; harmless for one that has no claim."""

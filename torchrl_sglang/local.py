@@ -37,6 +37,7 @@ class LocalResources:
         refresh_later: whether the cluster is to be asked again once all are.
         changing: held by what starts servers again, or gives them weights.
         seen_version: the highest version that a server was seen with, or was given.
+        version_labels: names that pushes of this process gave their numbers.
         adapters_only: whether what this process pushed were adapters alone.
     """
 
@@ -53,6 +54,7 @@ class LocalResources:
         self.refresh_later = False
         self.changing = threading.RLock()
         self.seen_version = 0
+        self.version_labels: dict[int, str] = {}
         self.adapters_only = False
         self._versions = AdapterVersions()
         self._adapters: tuple[tuple[ControlClient, ...], Adapters] | None = None

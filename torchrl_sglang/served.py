@@ -71,11 +71,12 @@ class ServedModel(RLSGLangEngine):
         """Data-parallel ranks per server."""
         return self.info.dp_size
 
-    def flush_cache(self) -> None:
-        """Empties the prefix cache of every server.
+    def flush_cache(self) -> bool:
+        """Empties the prefix cache of every server; returns True once all are empty.
 
         Raises:
             ServiceError: a server refused; SGLang does so while requests are in flight.
         """
         for worker in self.workers:
             worker.post("/flush_cache")
+        return True

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from .adapters import Adapters
@@ -260,6 +260,27 @@ class AsyncSGLang(Members, SharedGeneration):
     def pushed_version(self) -> int | None:
         """The version that this process pushed last; None before it pushed."""
         return self._local.pushed_version
+
+    @property
+    def version_labels(self) -> Mapping[int, str]:
+        """Names that pushes of this process gave their numbers; rows and servers have the numbers.
+
+        Example:
+            ``service.version_labels.get(int(row["rollout", "policy_version"][0]))``
+        """
+        return MappingProxyType(self._local.version_labels)
+
+    @property
+    def weight_label(self) -> str | None:
+        """Name of `weight_version`, if this process pushed it under one."""
+        version = self.weight_version
+        return self.version_labels.get(int(version)) if version.isdecimal() else None
+
+    def set_version_label(self, version: int, label: str | None) -> None:
+        """Called by the weight sync before it pushes ``version``; None: it has no name."""
+        self._local.version_labels.pop(version, None)
+        if label is not None:
+            self._local.version_labels[version] = label
 
     def set_pushed_version(self, version: int, *, adapter: bool = False) -> None:
         """Called by the weight sync once every server runs ``version``, or has its adapter."""

@@ -618,10 +618,10 @@ def test_refused_before_anything_is_touched(
         next(p for n, p in broken.named_parameters() if "lora_A" in n).fill_(torch.nan)
     front.seen.clear()
     for source, kind, says in (
-        (None, NotConnectedError, "there is no adapter to push"),
+        (None, WeightsError, "there is no adapter to push"),
         (base, WeightsError, "can't push an adapter from a Qwen2ForCausalLM"),
         (tmp_path, ConfigError, "is no LoRA adapter"),
-        (broken, WeightsError, "hold NaN or infinity"),
+        (broken, WeightsError, "NaN or infinity in"),
     ):
         with pytest.raises(kind, match=says):
             scheme.send(source)
@@ -665,7 +665,7 @@ def test_a_name_of_ones_own(service: AsyncSGLang, connected: Push, model: Any) -
 def test_servers_without_lora(shared_service: AsyncSGLang) -> None:
     scheme = SGLangWeightSyncScheme(shared_service, config=WeightSyncConfig(method="lora"))
     with pytest.raises(UnsupportedOptionError, match=r"without LoRA: .*enable_lora=True"):
-        scheme.connect_once()
+        scheme.connect()
 
 
 def test_a_broken_service(service: AsyncSGLang, connected: Push, model: Any) -> None:

@@ -135,3 +135,21 @@ def test_the_bound_on_a_step_that_reads_all_weights(
     num_bytes: int, device: str, expected: float
 ) -> None:
     assert Timeouts().whole_s(num_bytes, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "typo", "says"),
+    [
+        (
+            WeightSyncConfig,
+            "verfy",
+            "WeightSyncConfig has no option 'verfy': did you mean 'verify'",
+        ),
+        (Timeouts, "step", "did you mean 'step_s'"),
+        (ServerConfig, "tp", "ServerConfig has no option 'tp': it has model_path, device, "),
+        (RouterConfig, "polcy", "did you mean 'policy'"),
+    ],
+)
+def test_an_unknown_option_names_its_neighbour(config: Any, typo: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config(**{typo: 1})

@@ -31,7 +31,7 @@ def replicated(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
 
 def test_a_push_reaches_every_replica(replicated: AsyncSGLang, model: Any) -> None:
     scheme = SGLangWeightSyncScheme(replicated, num_gpus=2)
-    scheme.connect_once()
+    scheme.connect()
     for seed in (91, 92):
         scheme.send(perturb(model, seed=seed))
         push = scheme.last_push
@@ -50,7 +50,7 @@ def test_other_weights_are_noticed(
     replicated: AsyncSGLang, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheme = SGLangWeightSyncScheme(replicated)
-    scheme.connect_once()
+    scheme.connect()
     transfer = DiskCarrier.transfer
 
     def transfer_other(carrier: Any, buckets: Any, weights: Any, dtype: Any, timer: Any) -> str:

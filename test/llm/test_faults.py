@@ -114,7 +114,7 @@ def impatient(
 @pytest.fixture
 def scheme(impatient: AsyncSGLang) -> Iterator[SGLangWeightSyncScheme]:
     made = SGLangWeightSyncScheme(impatient, config=CONFIG)
-    made.connect_once()
+    made.connect()
     yield made
     made.close()
 
@@ -180,7 +180,7 @@ def test_a_silent_server_with_the_usual_bounds(
         proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
     ) as service:
         scheme = SGLangWeightSyncScheme(service, config=CONFIG)
-        scheme.connect_once()
+        scheme.connect()
         scheme.send(model)
         proxy.faults[ROUTES[step]] = Fault(delay_s=60.0)
         begun = time.monotonic()
@@ -248,7 +248,7 @@ def stall(payloads, index, bucket):
 
 Payloads._flattened = stall
 scheme = SGLangWeightSyncScheme(service, config=WeightSyncConfig(bucket_bytes=1 << 18))
-scheme.connect_once()
+scheme.connect()
 scheme.send(AutoModelForCausalLM.from_pretrained(path))
 """
 
@@ -277,7 +277,7 @@ def test_a_trainer_that_is_killed_in_mid_push(
         pending.result(0.5)
     begun = time.monotonic()
     scheme = SGLangWeightSyncScheme(attached, config=CONFIG)
-    scheme.connect_once()
+    scheme.connect()
     repaired(attached, scheme, perturb(model, seed=43))
     took = time.monotonic() - begun
     assert worst_error(model, PROMPTS, pending.result(20.0)) < 0.02
@@ -358,7 +358,7 @@ def test_servers_that_are_killed_in_mid_push(
     first, second = (worker.url for worker in two.workers)
     config = WeightSyncConfig(bucket_bytes=1 << 18, lost_engines="drop")
     scheme = SGLangWeightSyncScheme(two, config=config)
-    scheme.connect_once()
+    scheme.connect()
     scheme.send(model)
     # A busy machine notices a death later.
     monkeypatch.setattr(failure, "NOTICE_S", 3.0)
@@ -434,7 +434,7 @@ def connected_to(service: AsyncSGLang, **config: Any) -> SGLangWeightSyncScheme:
     scheme = SGLangWeightSyncScheme(
         service, config=WeightSyncConfig(bucket_bytes=1 << 18, **config)
     )
-    scheme.connect_once()
+    scheme.connect()
     return scheme
 
 

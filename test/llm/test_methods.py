@@ -444,7 +444,7 @@ def test_adapters_that_are_not_finite(service: AsyncSGLang, model: Any, connecte
     peft = adapted(model)
     with torch.no_grad():
         next(p for n, p in peft.named_parameters() if "lora_B" in n)[0, 0] = float("nan")
-    scheme = connected(config=config("auto", check_finite=True))
+    scheme = connected(config=config("auto"))
     with pytest.raises(WeightsError, match="lora_B"):
         scheme.send(peft)
     assert service.state is ServiceState.SYNCED
@@ -626,7 +626,7 @@ from torchrl_sglang import SGLangWeightSyncScheme, WeightSyncConfig
 service, path, method = pickle.loads(bytes.fromhex(sys.argv[1]))
 model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")
 scheme = SGLangWeightSyncScheme(service, config=WeightSyncConfig(method=method))
-scheme.connect_once()
+scheme.connect()
 scheme.send(model)
 if method == "disk":
     print(len([n for n in os.listdir(tempfile.gettempdir()) if n.startswith("torchrl_sglang-")]))

@@ -184,7 +184,7 @@ def test_a_scheme_that_nobody_holds_finishes_its_push(
     service: AsyncSGLang, model: Any, restore_weights: None, held: threading.Event
 ) -> None:
     scheme = SGLangWeightSyncScheme(service, config=NON_BLOCKING)
-    scheme.connect_once()
+    scheme.connect()
     scheme.send(perturb(model, seed=54))
     known = weakref.ref(scheme)
     del scheme

@@ -171,10 +171,10 @@ def test_what_ran_on_weights_that_a_probe_refuses_does_not_go_on(
 def test_weights_that_are_not_finite(
     service: AsyncSGLang, model: Any, connected: Connect, value: float
 ) -> None:
-    scheme = connected(config=WeightSyncConfig(check_finite=True))
+    scheme = connected()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = value
-    with pytest.raises(WeightsError, match=r"1 of .* NaN or infinity: .*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(WeightsError, match=r"NaN or infinity in 1 of .*layers\.1\.mlp\.up_proj"):
         scheme.send(model)
     assert service.state is ServiceState.SYNCED
 

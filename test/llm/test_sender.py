@@ -27,6 +27,7 @@ from torchrl_sglang import (
     SGLangWeightReceiver,
     SGLangWeightSender,
     SGLangWeightSyncScheme,
+    WeightSyncConfig,
     get_model_metadata,
 )
 from torchrl_sglang.errors import (
@@ -38,6 +39,7 @@ from torchrl_sglang.errors import (
     VersionError,
     WeightsError,
 )
+from torchrl_sglang.threads import in_thread
 from torchrl_sglang.weights.expected import meta_model
 
 pytestmark = [
@@ -490,32 +492,46 @@ def test_servers_that_do_not_say_their_version(
 # One weight sync at a time
 
 
-def test_a_second_scheme_is_told_of_the_first(
-    service: AsyncSGLang, model: Any, sender_to: Connect
-) -> None:
+def test_a_second_scheme_takes_over(service: AsyncSGLang, model: Any, sender_to: Connect) -> None:
+    """As a notebook's cell that is run again makes it, while a traceback holds the first."""
     first = sender_to(service, model)
     second = SGLangWeightSyncScheme(service)
     sender = second.create_sender()
     sender.register_model(model)
-    name = re.escape(repr(first._scheme))
-    with pytest.raises(AlreadyConnectedError, match=name):
+    with pytest.warns(RuntimeWarning, match=re.escape(f"place of {first._scheme!r}")):
         sender.init_all_workers_group(get_model_metadata(model))
-    second.init_on_sender()
-    with pytest.raises(AlreadyConnectedError, match=name):
-        second.connect()
-    with pytest.raises(AlreadyConnectedError, match=name):
+    done = sender.update_weights(perturb(model, seed=28))
+    assert done is not None
+    with pytest.raises(NotConnectedError, match=re.escape(f"{second!r} has taken the place")):
+        first.update_weights()  # says so instead of taking turns
+    assert server_versions(service) == [str(done.version)]
+    assert served_error(service, model) < 0.02
+    with pytest.warns(RuntimeWarning, match=re.escape(f"place of {second!r}")):
         service.init_weight_update_group()
-    with pytest.raises(NotConnectedError):
-        sender.update_weights()
-    first.update_weights()  # goes on undisturbed
+    service.update_weights(model.state_dict().items())
+    with pytest.warns(RuntimeWarning, match="takes the place"):
+        first.init_all_workers_group(get_model_metadata(model))  # and back, when told to
+    first.update_weights()
     second.close()  # has no claim to give up
-    with pytest.raises(AlreadyConnectedError):
+    service.close_weight_update_group()
+    first.update_weights()
+
+
+@pytest.mark.parametrize("non_blocking", [False, True])
+def test_a_scheme_in_the_middle_of_a_push_is_not_taken_over(
+    proxied: AsyncSGLang, proxy: FaultProxy, model: Any, sender_to: Connect, non_blocking: bool
+) -> None:
+    first = sender_to(proxied, model, config=WeightSyncConfig(non_blocking=non_blocking))
+    second = SGLangWeightSyncScheme(proxied)
+    proxy.faults[STEPS["transfer"]] = Fault(delay_s=1.0)
+    pushing = in_thread(first.update_weights, "test-push")
+    wait_until(lambda: proxied.state is ServiceState.UPDATING)
+    with pytest.raises(AlreadyConnectedError, match=re.escape(f"{first._scheme!r} is in the mid")):
         second.connect()
-    first.shutdown()
-    second.connect()
-    sender.update_weights()
-    with pytest.raises(AlreadyConnectedError, match=re.escape(repr(second))):
-        first.init_all_workers_group(get_model_metadata(model))
+    pushing.result(20.0)
+    first._scheme.wait()
+    with pytest.warns(RuntimeWarning, match="takes the place"):
+        second.connect()
     second.close()
 
 
@@ -572,20 +588,18 @@ def test_a_forked_process_is_refused(
 
 def test_out_of_order(service: AsyncSGLang, model: Any, restore_weights: None) -> None:
     sender = SGLangWeightSyncScheme(service).create_sender()
-    with pytest.raises(NotConnectedError, match="init_all_workers_group"):
-        sender.update_weights(model)
     with pytest.raises(WeightsError, match="str"):
         sender.register_model("a model")  # type: ignore[arg-type]
-    sender.init_all_workers_group(get_model_metadata(model))
-    with pytest.raises(NotConnectedError, match="register_model"):
+    with pytest.raises(WeightsError, match="register_model"):
         sender.update_weights()
+    sender.init_all_workers_group(get_model_metadata(model))
     sender.update_weights(perturb(model, seed=24).state_dict())
     assert served_error(service, model) < 0.02
     counter = Counter()
     sender.register_collector(counter)
     sender.shutdown()
     sender.shutdown()
-    with pytest.raises(NotConnectedError, match="init_all_workers_group"):
+    with pytest.raises(NotConnectedError, match=r"was closed: call connect\(\)"):
         sender.update_weights(model)
     bumps = counter.bumps
     sender.init_all_workers_group(get_model_metadata(model))  # and once more

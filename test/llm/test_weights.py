@@ -398,21 +398,26 @@ def test_wrong_weights_touch_nothing(
 
 
 def test_no_weights(connected: Connect) -> None:
-    with pytest.raises(NotConnectedError, match="no weights"):
+    with pytest.raises(WeightsError, match="no weights"):
         connected().send()
 
 
 def test_a_push_before_connect(service: AsyncSGLang, model: Any) -> None:
-    scheme = SGLangWeightSyncScheme(service)
-    with pytest.raises(NotConnectedError, match="connect"):
-        scheme.send(model)
+    """`test_connecting` has the scheme's, which connects by itself."""
     with pytest.raises(NotConnectedError, match="init_weight_update_group"):
         service.update_weights(model.state_dict().items())
 
 
-def test_worker_ids_are_refused(model: Any, connected: Connect) -> None:
-    with pytest.raises(ConfigError, match="worker_ids"):
-        connected().send(model, worker_ids=[0])
+def test_worker_ids_name_every_worker(model: Any, connected: Connect) -> None:
+    scheme = connected()
+    scheme.init_on_sender(num_workers=2)
+    for some in (0, [0], [2], [0, 2], [0, 0, 1], []):
+        with pytest.raises(ConfigError, match=r"worker_ids=.* every worker .*\[0, 1\]"):
+            scheme.send(model, worker_ids=some)
+    scheme.send(model, worker_ids=[1, 0])
+    scheme.init_on_sender()
+    for every in (0, [0], (0,)):
+        scheme.send(model, worker_ids=every)
 
 
 def test_a_port_that_is_taken(service: AsyncSGLang) -> None:

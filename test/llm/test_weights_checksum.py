@@ -262,18 +262,32 @@ def test_an_answer_is_read_in_order_of_ranks_and_without_drafts(form: Any) -> No
         assert all(set(rank.checksums) == {"a", "drafting"} for rank in ranks)
 
 
-@pytest.mark.parametrize("tp_ranks", [(0, 1), (0, 1, 0, 1), (1, 1, 0, 0)])
-def test_ranks_of_data_parallel_attention_may_come_once_per_part(tp_ranks: tuple[int]) -> None:
-    answer = answered(*({"tp_rank": rank} for rank in tp_ranks))
-    ranks = parse_checksums(answer, 2, {1, 2})
+@pytest.mark.parametrize("tp_ranks", [(0, 1), (0, 1, 0, 1), (1, 1, 0, 0), (0, 1) * 3])
+def test_ranks_of_data_parallel_attention_may_come_once_per_group(tp_ranks: tuple[int]) -> None:
+    """As SGLang 0.5.23 answers, whose info says dp_size 1: every group, of every rank."""
+    info = {"role": "target", "dp_rank": 0, "dp_size": 2, "tp_size": 2, "pp_rank": 0}
+    answer = answered(*([{**info, "tp_rank": rank}] for rank in tp_ranks))
+    ranks = parse_checksums(answer, 2)
     assert [rank.tp_rank for rank in ranks] == sorted(tp_ranks)
 
 
-@pytest.mark.parametrize("tp_ranks", [(0, 0), (0, 1, 1), (0, 1) * 3])
-def test_ranks_that_do_not_come_equally_often(tp_ranks: tuple[int]) -> None:
+@pytest.mark.parametrize(
+    ("tp_ranks", "num_copies", "match"),
+    [
+        ((0, 0), 1, "ranks .0, 0. instead of 0 to 1$"),
+        ((0, 1, 1), 1, "instead of 0 to 1$"),
+        ((0, 1, 1, 1), 1, "instead of 0 to 1, 2 times each"),
+        ((0, 1, 2, 0), 1, "instead of 0 to 1, 2 times each"),
+        ((0, 1), 2, "instead of 0 to 1, 2 times each"),  # a replica has not answered
+        ((), 1, "ranks .. instead of 0 to 1$"),
+    ],
+)
+def test_ranks_that_do_not_come_equally_often(
+    tp_ranks: tuple[int], num_copies: int, match: str
+) -> None:
     answer = answered(*({"tp_rank": rank} for rank in tp_ranks))
-    with pytest.raises(ValueError, match="instead of 0 to 1, 2 times each"):
-        parse_checksums(answer, 2, {1, 2})
+    with pytest.raises(ValueError, match=match):
+        parse_checksums(answer, 2, num_copies)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_other_ways_reach_both_ranks(
         two_ranks,
         config=WeightSyncConfig(method=method, verify_method="checksum", bucket_bytes=1 << 16),
     )
-    made.connect_once()
+    made.connect()
     for seed in (61, 62):
         made.send(perturb(model, seed=seed))
         assert made.last_push is not None

@@ -21,7 +21,7 @@ from ..errors import (
     WeightsError,
 )
 from ..info import WorkerInfo
-from .adapter_load import Load, prepared
+from .adapter_load import FROM_FOLDER, Load, prepared
 from .adapter_room import Room
 from .adapter_source import AdapterSource, read_adapter
 from .engines import Engines
@@ -60,9 +60,11 @@ class AdapterPusher(WeightPusher):
         Raises:
             UnsupportedOptionError: a server runs without LoRA, or holds one adapter at a time.
             TopologyError: a server has data-parallel ranks.
+            PushError: a server refuses the key, or did not answer.
         """
         with self._lock:
             check_servers(self._infos)
+            self._ready_engines().ask_for(FROM_FOLDER)
             self._connected = True
 
     def push(
@@ -83,7 +85,7 @@ class AdapterPusher(WeightPusher):
 
         Raises:
             ConfigError: ``partial``.
-            NotConnectedError: before `connect`, or without an adapter.
+            NotConnectedError: before `connect`.
             WeightsError, ConfigError: it is no adapter, or one that SGLang can't serve; nothing was
                 touched.
             ServiceBrokenError: the last push of base weights failed.
@@ -96,7 +98,7 @@ class AdapterPusher(WeightPusher):
         with self._lock:
             if not self._connected:
                 raise NotConnectedError(
-                    "the weight sync is not connected: call scheme.connect() before pushing."
+                    "the weight sync is not connected: call connect() before pushing."
                 )
             self._service.gate.wait_until_open(self._service.timeouts.control_s)
             check_servers(self._infos)

@@ -14,9 +14,9 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from ..adapter_folder import LORA_WEIGHT, adapter_path, find_problem, find_unread
-from ..errors import NotConnectedError, UnsupportedOptionError, WeightsError
+from ..errors import UnsupportedOptionError, WeightsError
 from .sharded import is_sharded
-from .source import check_dtypes, check_finite, plain_name, shown, unwrap
+from .source import are, check_dtypes, check_finite, plain_name, shown, unwrap
 
 WORKS = (
     "push a PEFT model, the path of an adapter's folder, or a mapping of LoRA tensors with the "
@@ -65,13 +65,13 @@ def read_adapter(
         finite: refuse NaN and infinity.
 
     Raises:
-        NotConnectedError: there is nothing to push.
-        WeightsError: it is no such thing, or its names, shapes, dtypes or values are wrong.
+        WeightsError: there is none, or it is no such thing, or its names, shapes, dtypes or values
+            are wrong.
         UnsupportedOptionError: an adapter that SGLang would compute wrongly.
         ConfigError: a folder with no adapter, or with a damaged one.
     """
     if source is None:
-        raise NotConnectedError(f"there is no adapter to push: {WORKS}")
+        raise WeightsError(f"there is no adapter to push: {WORKS}")
     if isinstance(source, str | os.PathLike):
         return AdapterSource(folder=adapter_path(source, server_urls))
     is_mapping = isinstance(source, Mapping | TensorDictBase)
@@ -132,7 +132,8 @@ def _given_tensors(
     missing = [each for each in known if each not in given]
     if missing:
         raise WeightsError(
-            f"{len(missing)} of the adapter's {len(known)} tensors are missing: {shown(missing)}."
+            f"of the adapter's {len(known)} tensors, {len(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: {shown(missing)}."
         )
     others = given.keys() - known.keys()
     if others:
@@ -141,8 +142,8 @@ def _given_tensors(
         unknown = sorted(others - base)
         if unknown:
             raise WeightsError(
-                f"{len(unknown)} names are not of the adapter: {shown(unknown)}. It has names like "
-                f"{shown(list(known))}."
+                f"{are(len(unknown), 'name')} not of the adapter: {shown(unknown)}. It has "
+                f"names like {shown(list(known))}."
             )
     for each, tensor in known.items():
         if not isinstance(given[each], torch.Tensor) or given[each].shape != tensor.shape:
@@ -187,8 +188,8 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], rank: int, *, finite: boo
     sharded = [name for name, tensor in tensors.items() if is_sharded(tensor)]
     if sharded:
         raise WeightsError(
-            f"{len(sharded)} tensors are sharded: {shown(sharded)}. Gather the adapter first, and "
-            "push its tensors by name (torch.distributed.checkpoint.state_dict does it)."
+            f"{are(len(sharded), 'tensor')} sharded: {shown(sharded)}. Gather the adapter first, "
+            "and push its tensors by name (torch.distributed.checkpoint.state_dict does it)."
         )
     problem = find_problem({name: list(tensor.shape) for name, tensor in tensors.items()}, rank)
     if problem is not None:

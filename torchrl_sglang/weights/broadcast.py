@@ -54,6 +54,7 @@ class Broadcast(Carrier):
     """
 
     method = "broadcast"
+    route = ROUTE
 
     def __init__(
         self,
@@ -102,7 +103,11 @@ class Broadcast(Carrier):
         timeout_s = self._timeouts.group_s
         rendezvous = Rendezvous(self._address, self._port, timeout_s + JOIN_LAG_S)
         invited = self._invite(rendezvous, name)
-        joined = in_thread(lambda: self._join(rendezvous, name), "torchrl_sglang-join")
+        joined = in_thread(
+            lambda: self._join(rendezvous, name),
+            "torchrl_sglang-join",
+            exit_waits_s=2 * (timeout_s + JOIN_LAG_S),  # its bounds count from where it stands
+        )
         try:
             watch({**invited, joined: None}, step="init", timeout_s=timeout_s)
         except BaseException:
@@ -240,7 +245,10 @@ class Broadcast(Carrier):
         ends = self._engines.ask(
             lambda w: w.post("/destroy_weights_update_group", body, timeout_s=timeout_s)
         )
-        ends[in_thread(lambda: group.close(broken=False), "torchrl_sglang-leave")] = None
+        left = in_thread(
+            lambda: group.close(broken=False), "torchrl_sglang-leave", exit_waits_s=timeout_s
+        )
+        ends[left] = None
         with contextlib.suppress(PushError):  # a server that is gone has left already
             watch(ends, step="close", timeout_s=timeout_s)
 

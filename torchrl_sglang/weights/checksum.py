@@ -9,7 +9,7 @@ Elsewhere, engines that got the same broadcast can at least be compared with eac
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,16 +48,15 @@ def ask_checksums(worker: ControlClient, timeout_s: float) -> Any:
     return worker.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
 
 
-def parse_checksums(
-    answer: Any, tp_size: int, num_copies: Collection[int] = (1,)
-) -> list[RankChecksums]:
+def parse_checksums(answer: Any, tp_size: int, num_copies: int = 1) -> list[RankChecksums]:
     """Reads an answer to ``{"action": "checksum"}``, in the order of the ranks.
 
     Args:
         answer: the JSON.
         tp_size: tensor-parallel ranks of the server.
-        num_copies: how often each rank may be in it: once for each data-parallel replica, and also
-            for each part that attention is divided into.
+        num_copies: how often each rank is in it at least: once for each data-parallel replica.
+            Where attention is data-parallel, each of its groups may answer for all ranks, and how
+            many those are is not always said by the server's info.
 
     Raises:
         ValueError: it is not one, or not every rank is in it, as often as the others.
@@ -74,9 +73,9 @@ def parse_checksums(
         raise ValueError(f"no checksums in {str(answer)[:200]!r}") from error
     ranks.sort(key=lambda rank: rank.tp_rank)
     found = [rank.tp_rank for rank in ranks]
-    if not any(found == sorted([*range(tp_size)] * copies) for copies in num_copies):
-        most = max(num_copies)
-        times = f", {most} times each" if most > 1 else ""
+    copies = max(num_copies, len(found) // tp_size)
+    if found != sorted([*range(tp_size)] * copies):
+        times = f", {copies} times each" if copies > 1 else ""
         raise ValueError(f"checksums of ranks {found} instead of 0 to {tp_size - 1}{times}")
     return ranks
 

@@ -36,6 +36,7 @@ from .sending import MakePayloads, Sending, on_the_wire
 
 POLL_S = 0.0002
 LEAVE_S = 1.0  # a timed wait of this length frees a broadcast that nobody joined
+LEFT_S = 5 * LEAVE_S  # by when a thread that sends is over once its group was left
 
 
 class Rendezvous:
@@ -158,7 +159,7 @@ class TrainerGroup:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 self._send(make_payloads, sending, stream is not None)
 
-        sending.done = self._sent = in_thread(run, "torchrl_sglang-broadcast")
+        sending.done = self._sent = in_thread(run, "torchrl_sglang-broadcast", exit_waits_s=LEFT_S)
         return sending
 
     def _send(self, make_payloads: MakePayloads, sending: Sending, on_gpu: bool) -> None:
@@ -232,7 +233,7 @@ class TrainerGroup:
         its own time-out. A group that outlives even that is never dropped.
         """
         if self._sent is not None:
-            wait([self._sent], 5 * LEAVE_S)
+            wait([self._sent], LEFT_S)
         self._group.abort()
         deadline = time.monotonic() + self._bury_s
         while not all(work.is_completed() for work in self._works):

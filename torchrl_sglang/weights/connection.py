@@ -111,6 +111,7 @@ class Connection:
             timeouts=timeouts,
             owner=self._service,
         )
+        self._engines.ask_for(self._carrier.route)  # a wrong key is known before anything is begun
         self._carrier.connect()
 
     def abandon(self) -> None:

@@ -52,6 +52,7 @@ class DiskCarrier(Carrier):
     """
 
     method: ClassVar[str] = "disk"
+    route = ROUTE
     in_session: ClassVar[bool] = False
 
     def __init__(

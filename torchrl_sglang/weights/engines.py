@@ -23,6 +23,8 @@ Call = Callable[[ControlClient], Any]
 TAKE_OVER_S = 1.0
 TAKE_OVER_POLL_S = 0.05
 
+NOT_FOR_US = (401, 403, 404, 405)  # what says that a key or a route is wrong, not what was sent
+
 
 class Courier:
     """Makes calls to one server in a thread of its own, one after another and in order.
@@ -91,6 +93,14 @@ def _opens(timeout_s: float, worker: ControlClient) -> bool:
     return True
 
 
+def _ask_for(path: str, timeout_s: float, worker: ControlClient) -> None:
+    try:
+        worker.post(path, timeout_s=timeout_s)
+    except RequestRefusedError as error:
+        if error.status in NOT_FOR_US:
+            raise
+
+
 class Engines:
     """The servers that a push goes to.
 
@@ -147,6 +157,16 @@ class Engines:
     def post(self, step: str, path: str, body: Mapping[str, Any] | None = None) -> None:
         """Posts to every server what takes milliseconds; errors as in `do`."""
         self.do(step, lambda w: w.post(path, body, timeout_s=self.step_s), self.step_s)
+
+    def ask_for(self, path: str) -> None:
+        """Finds out whether servers let this process use a control route, without using it.
+
+        What is sent is empty. Servers look at the key first, and then refuse what is missing.
+
+        Raises:
+            PushError: a server refuses the key, or has no such route, or did not answer.
+        """
+        self.do("connect", partial(_ask_for, path, self.step_s), self.step_s)
 
     def begin(self) -> None:
         """Opens an update session where servers have them; errors as in `do`.

@@ -73,8 +73,7 @@ def make_plan(
         repairs: the push before failed.
 
     Raises:
-        NotConnectedError: there are no weights.
-        WeightsError: names, shapes, dtypes or values are not as they should be.
+        WeightsError: there are none, or names, shapes, dtypes or values are not as they should be.
         VerificationError: the servers can't be verified in the way that is asked for.
     """
     expected = expected_model(model_path)

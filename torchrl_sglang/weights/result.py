@@ -14,6 +14,7 @@ class PushResult:
 
     Attributes:
         version: the version that every server now runs.
+        label: what the push called that version, if it gave it a name.
         method: how the weights travelled: ``"broadcast"``, ``"tensor"``, ``"disk"`` or ``"lora"``.
         reason: why that method.
         layout: ``"flattened"`` (a bucket is one tensor) or ``"tensors"`` (each by itself).
@@ -34,6 +35,7 @@ class PushResult:
     """
 
     version: int
+    label: str | None = None
     method: str = "broadcast"
     reason: str = ""
     layout: str = "flattened"

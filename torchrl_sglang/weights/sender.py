@@ -140,7 +140,8 @@ class SGLangWeightSender:
             )
         if any(collector is known for known in self._scheme.collectors):
             return
-        bring_up(collector, served_version(self._scheme.service))
+        if self._scheme.synchronized_on_sender:  # else it is brought up then
+            bring_up(collector, served_version(self._scheme.service))
         self._scheme.collectors.append(collector)
 
     def init_all_workers_group(
@@ -151,8 +152,8 @@ class SGLangWeightSender:
         Args:
             model_metadata: what will be pushed, from `get_model_metadata`; not used, and None will
                 do, where only an adapter is pushed.
-            vllm_engine: the engine, under the name that TorchRL's recipe has for it. Only checked:
-                the scheme knows whom it pushes to.
+            vllm_engine: the engine, under the name that TorchRL's recipe has for it. A scheme that
+                was made without servers pushes to this one; else it is only checked.
             engine: the same, under a better name.
 
         Raises:
@@ -164,39 +165,41 @@ class SGLangWeightSender:
         """
         for given in (vllm_engine, engine):
             if given is not None:
-                _check_engine(given, self._scheme.service)
+                self._scheme.push_to(given)
         if self._scheme.pusher.config.method != "lora":
             path = self._scheme.model_path or self._scheme.service.model_path
             check_metadata(model_metadata, expected_model(path))
-        self._scheme.connect_once()
+        self._scheme.connect()
 
     def update_weights(
-        self, weights: Any = None, *, version: int | None = None, partial: bool = False
+        self,
+        weights: Any = None,
+        *,
+        version: int | None = None,
+        label: str | None = None,
+        partial: bool = False,
     ) -> PushResult | None:
         """Pushes, and returns once every server runs the weights and every collector counted it.
 
         With ``WeightSyncConfig(non_blocking=True)`` it returns None at once.
 
         Args:
-            weights: module, TensorDict, state dict, or None for the registered model.
+            weights: module, TensorDict, state dict, pairs of name and tensor, or None for the
+                registered model.
             version: the weights' number; by default one more than the highest that a server or a
                 registered collector has.
+            label: a name for that number, see `SGLangWeightSyncScheme.push`.
             partial: ``weights`` may be a part of the model; the servers keep the rest.
 
         Raises:
-            NotConnectedError: before `init_all_workers_group`, without weights, or in a process
-                that was forked from the one that connected.
+            NotConnectedError: after `shutdown`, without servers, or in a process that was forked
+                from the one that connected.
             VersionError: ``version`` is not higher than the servers'; nothing was touched.
             WeightsError: names, shapes or dtypes are not the served model's; nothing was touched.
             PushError: a step failed; the service is broken until a push succeeds.
             VerificationError: the servers do not hold what was sent; broken likewise.
         """
-        if not self._scheme.synchronized_on_sender:
-            raise NotConnectedError(
-                "the weight sync is not connected: call sender.init_all_workers_group("
-                "get_model_metadata(model)) before update_weights()."
-            )
-        return self._scheme.push(weights, version=version, partial=partial)
+        return self._scheme.push(weights, version=version, label=label, partial=partial)
 
     def flush_cache(self) -> bool:
         """Empties the servers' prefix caches, which no push needs.
@@ -233,7 +236,7 @@ class SGLangWeightReceiver:
     def __init__(self, scheme: SGLangWeightSyncScheme, engine: Any = None) -> None:
         self._scheme = scheme
         if engine is not None:
-            _check_engine(engine, scheme.service)
+            scheme.push_to(engine)
 
     def init_all_workers_group(self, model_metadata: Metadata) -> None:
         """Checks the metadata; the servers join when the sender's method of this name is called.
@@ -268,12 +271,12 @@ class SGLangWeightReceiver:
         return False
 
 
-def _check_engine(engine: Any, service: Any) -> None:
+def check_engine(engine: Any, service: Any) -> None:
     """Raises `ConfigError` where ``engine`` is not, or doesn't use, the servers of ``service``."""
     if engine is service:
         return
     cluster = getattr(engine, "cluster", None)
-    url = getattr(engine, "server_url", None)
+    url = engine if isinstance(engine, str) else getattr(engine, "server_url", None)
     ours = {service.server_url, *(worker.url for worker in service.workers)}
     if cluster is not None:
         same = {w.url for w in cluster.workers} == {w.url for w in service.workers}

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from ..errors import NotConnectedError, WeightsError
+from ..errors import WeightsError
 from .expected import Expected
 from .merged import base_weights, has_adapters
 
@@ -36,13 +36,12 @@ def named_weights(source: Any, translate: Translation | None = None) -> dict[str
         translate: from the trainer's entries, by name, to Hugging Face's names and tensors.
 
     Raises:
-        NotConnectedError: ``source`` is None.
-        WeightsError: it is something else, or holds no tensor.
+        WeightsError: ``source`` is None, or something else, or holds no tensor.
     """
     if source is None:
-        raise NotConnectedError(
-            "there are no weights to push: pass the model to update_policy_weights_(model), or "
-            "register it once with scheme.register_model(model)."
+        raise WeightsError(
+            "there are no weights to push: pass the model, as push(model) or "
+            "update_policy_weights_(model), or register it once with register_model(model)."
         )
     if isinstance(source, nn.Module):
         refuse_fsdp1(source)
@@ -56,8 +55,8 @@ def named_weights(source: Any, translate: Translation | None = None) -> dict[str
         found = source
     else:
         raise WeightsError(
-            f"can't take weights from a {type(source).__name__}: pass a module, a TensorDict or a "
-            "state dict."
+            f"can't take weights from a {type(source).__name__}: pass a module, a TensorDict, a "
+            "state dict, or pairs of name and tensor."
         )
     tensors: dict[str, Any] = {plain_name(name): value for name, value in found.items()}
     if translate is not None:
@@ -68,6 +67,34 @@ def named_weights(source: Any, translate: Translation | None = None) -> dict[str
             f"these entries are no tensors: {shown(wrong)}." if wrong else "the weights are empty."
         )
     return untied(tensors)
+
+
+def taken_in(source: Any) -> Any:
+    """Pairs of name and tensor as a mapping, which uses up an iterator; all else as it is.
+
+    Raises:
+        WeightsError: a name comes twice, or something is no pair.
+    """
+    is_one = isinstance(source, nn.Module | TensorDictBase | Mapping | torch.Tensor | str)
+    return source if is_one or not isinstance(source, Iterable) else named_once(source)
+
+
+def named_once(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What an iterator, or a mapping, names.
+
+    Raises:
+        WeightsError: a name comes twice, or something is no pair.
+    """
+    items = getattr(weights, "items", None)
+    named: dict[str, torch.Tensor] = {}
+    for pair in items() if items is not None else weights:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise WeightsError(f"weights come as pairs of name and tensor, not {type(pair)}.")
+        name, tensor = pair
+        if name in named:
+            raise WeightsError(f"the weights name {name} twice.")
+        named[name] = tensor
+    return named
 
 
 def refuse_fsdp1(module: nn.Module) -> None:
@@ -197,16 +224,16 @@ def served_names(
         # Judged by the names as they were given, which the caller recognises.
         unknown = [name for name in named if name not in known] or unknown
         raise WeightsError(
-            f"{len(unknown)} names are not of the served model {expected.model_path}: "
+            f"{are(len(unknown), 'name')} not of the served model {expected.model_path}: "
             f"{shown(unknown)}. It has names like {shown(list(expected.parameters))}."
         )
     found = set(named.values())
     missing = [name for name in expected.parameters if name not in found]
     if missing and not partial:
         raise WeightsError(
-            f"{len(missing)} of {len(expected.parameters)} parameters of {expected.model_path} are "
-            f"missing: {shown(missing)}. A push takes the whole model, unless it is told "
-            "partial=True."
+            f"of {len(expected.parameters)} parameters of {expected.model_path}, {len(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: {shown(missing)}. A push takes the "
+            "whole model, unless it is told partial=True."
         )
     return named
 
@@ -248,14 +275,34 @@ def check_dtypes(weights: Mapping[str, torch.Tensor]) -> None:
 
 def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
     """Raises `WeightsError` for weights that are NaN or infinite."""
-    norms = torch._foreach_norm([local(tensor.detach()) for tensor in weights.values()], math.inf)
-    finite = torch.stack([norm.float().cpu() for norm in norms]).isfinite().tolist()
-    wrong = [name for name, good in zip(weights, finite, strict=True) if not good]
+    parts = {name: local(tensor.detach()) for name, tensor in weights.items()}
+    held = {name: part for name, part in parts.items() if part.numel()}
+    wrong = [
+        name for name, good in zip(held, _are_finite([*held.values()]), strict=True) if not good
+    ]
     if wrong:
         raise WeightsError(
-            f"{len(wrong)} of {len(weights)} tensors hold NaN or infinity: {shown(wrong)}. The "
-            "servers still run their old weights."
+            f"NaN or infinity in {len(wrong)} of the {len(weights)} tensors: {shown(wrong)}. The "
+            f"servers still run their old weights. (A push of such weights on "
+            "purpose takes WeightSyncConfig(check_finite=False).)"
         )
+
+
+def _are_finite(tensors: list[torch.Tensor]) -> list[bool]:
+    """Whether tensors hold no NaN and no infinity, read once and waited for once."""
+    if not tensors:
+        return []
+    if all(tensor.is_cuda for tensor in tensors):
+        ends = [*torch._foreach_norm(tensors, math.inf)]  # one kernel for many tensors
+    else:  # on a CPU the smallest and the largest are found several times as fast as a norm
+        ends = [torch.stack(tensor.aminmax()).abs().amax() for tensor in tensors]
+    finite: list[bool] = torch.stack([end.float().cpu() for end in ends]).isfinite().tolist()
+    return finite
+
+
+def are(number: int, thing: str) -> str:
+    """A number of things, and the verb: "1 name is", "2 names are"."""
+    return f"{number} {thing} is" if number == 1 else f"{number} {thing}s are"
 
 
 def shown(names: list[str]) -> str:

@@ -43,6 +43,7 @@ class TensorCarrier(Carrier):
     """
 
     method: ClassVar[str] = "tensor"
+    route = ROUTE
 
     def __init__(self, engines: Engines, *, device: torch.device, timeouts: Timeouts) -> None:
         plan_ranks(engines.infos)

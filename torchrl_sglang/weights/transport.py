@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotConnectedError
@@ -26,13 +27,16 @@ class SGLangTransport:
         """Joins the servers' group; they already hold the checkpoint's weights."""
         scheme = self._scheme
         scheme._check_process()
+        _take_over(scheme)
         scheme.service.gate.claim(scheme)
         try:
             scheme.pusher.connect()
         except BaseException:
             scheme.service.gate.release(scheme)
             raise
-        bring_up(scheme.context, served_version(scheme.service))
+        served = served_version(scheme.service)
+        for collector in (scheme.context, *scheme.collectors):
+            bring_up(collector, served)
 
     def send_weights(self, weights: Any) -> None:
         """Pushes."""
@@ -43,3 +47,15 @@ class SGLangTransport:
         raise NotConnectedError(RECEIVERS)
 
     receive_weights = setup_connection_and_weights_on_receiver
+
+
+def _take_over(scheme: SGLangWeightSyncScheme) -> None:
+    """Closes the scheme before, as of a notebook's cell that is run again, if it can be."""
+    first = scheme.service.gate.pusher
+    if first is not None and first is not scheme and first.give_way(scheme):
+        warnings.warn(
+            f"{scheme!r} takes the place of {first!r}, which is closed: one weight sync pushes to "
+            "a service at a time. close() the first one to avoid this warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -40,6 +40,12 @@ class WeightPusher(Connection):
         super().__init__(service, **kwargs)
         self._running: Future[PushResult] | None = None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is in the middle of a push, or of joining."""
+        running = self._running
+        return self._lock.locked() or (running is not None and not running.done())
+
     def close(self) -> None:
         """Leaves the group, on both sides, once a push under way is over; harmless twice.
 
@@ -73,8 +79,9 @@ class WeightPusher(Connection):
             partial: ``source`` may be a part of the model; the rest stays as it is.
 
         Raises:
-            NotConnectedError: before `connect`, or without weights.
-            WeightsError: names, shapes or dtypes are not the served model's; nothing was touched.
+            NotConnectedError: before `connect`.
+            WeightsError: there are none, or names, shapes, dtypes or values are not as the served
+                model's; nothing was touched.
             PushError: a step failed; the service is broken until a push succeeds.
             VerificationError: the servers do not hold what was sent; broken likewise.
         """
@@ -119,7 +126,12 @@ class WeightPusher(Connection):
 
             with self._broken_unless_done():
                 self._service.gate.begin()
-                self._running = in_thread(carry_out, "torchrl_sglang-push")
+                self._running = in_thread(
+                    carry_out,
+                    "torchrl_sglang-push",
+                    # A script may end with its last push under way, which goes on to its end.
+                    exit_waits_s=self._service.timeouts.transfer_s,
+                )
             return self._running
 
     def wait(self) -> PushResult | None:
@@ -142,8 +154,7 @@ class WeightPusher(Connection):
     ) -> Plan:
         if not self._connected:
             raise NotConnectedError(
-                "the weight sync is not connected: call scheme.connect() (a collector does it "
-                "when the scheme is given to it) before pushing."
+                "the weight sync is not connected: call connect() before pushing."
             )
         repairs = self._service.state is ServiceState.BROKEN
         if partial and repairs:

@@ -155,9 +155,7 @@ class Verifier:
         within_s = timeout_s or engines.timeout_s
         given = engines.collect("verify", lambda w: ask_checksums(w, within_s), within_s)
         answers = [
-            _parsed(
-                info.url, parse_checksums, answer, info.tp_size, {info.num_copies, info.dp_size}
-            )
+            _parsed(info.url, parse_checksums, answer, info.tp_size, info.num_copies)
             for info, answer in zip(engines.infos, given, strict=True)
         ]
         proof = ChecksumProof(self._weights, self._dtype, self._config_of, partial=self._partial)

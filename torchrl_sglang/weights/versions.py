@@ -61,6 +61,12 @@ def choose_version(wanted: int | None, served: int, collectors: Iterable[Any]) -
     return wanted
 
 
+def check_label(label: Any) -> None:
+    """Raises `ConfigError` for a label that is no name."""
+    if label is not None and not (isinstance(label, str) and label):
+        raise ConfigError(f"label is a name such as 'step_1000', got {label!r}.")
+
+
 def bring_up(collector: Any, version: int) -> None:
     """Sets a collector that lags behind to ``version``; never sets one back.
 
