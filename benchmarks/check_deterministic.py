@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDict, lazy_stack
+from torchrl.modules.llm.policies import Tokens
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from tiny_model import make_tiny_model
 
-from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams
+from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWrapper
 from torchrl_sglang.processors import allowed_tokens, combined, progress_temperature
 
 PROMPTS = [[10 + i, 200 + 3 * i, 77, 100 + i] for i in range(8)]
@@ -50,6 +52,25 @@ def check_seeds(service: AsyncSGLang) -> dict[str, Any]:
         "same_seed_same_samples": samples == again,
         "same_seed_other_batch_same_samples": [c.output_ids for c in alone] == groups[3],
         "other_seed_other_samples": samples != sampled(service, n=4, sampling_seed=8),
+    }
+
+
+def check_equal_prompts(service: AsyncSGLang) -> dict[str, Any]:
+    """A group made of repeated rows under one seed: samples that differ, the same in every call."""
+    tokens = lazy_stack([TensorDict(tokens=Tokens(prompt=torch.tensor(PROMPTS[0])))] * 4)
+    policy = SGLangWrapper(
+        service,
+        input_mode="tokens",
+        inplace=False,
+        generate_kwargs={"max_new_tokens": 32, "ignore_eos": True, "seed": 7},
+    )
+    groups = [[row["tokens"].response.tolist() for row in policy(tokens)] for _ in range(2)]
+    options = SamplingParams(max_new_tokens=32, ignore_eos=True, n=4, sampling_seed=7)
+    samples = [c.output_ids for c in service.generate(PROMPTS[:1], options)]
+    return {
+        "distinct_samples_of_4_equal_rows": len({*map(tuple, groups[0])}),
+        "equal_rows_same_in_another_call": groups[0] == groups[1],
+        "equal_rows_same_as_num_samples": groups[0] == samples,
     }
 
 
@@ -107,6 +128,7 @@ def main() -> None:
                 "sglang": service.sglang_version,
                 "deterministic": service.info.features.deterministic,
                 **check_seeds(service),
+                **check_equal_prompts(service),
                 **check_processors(service),
                 "command": " ".join(["python", *sys.argv]),
             }

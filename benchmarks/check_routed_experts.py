@@ -9,7 +9,9 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from tiny_model import make_tokenizer
 
-from torchrl_sglang import AsyncSGLang, SGLangWrapper
+from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, SGLangWrapper, WeightSyncConfig
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 4
 
@@ -60,17 +62,59 @@ def make_model(folder: str, device: str) -> Any:
 
 
 @torch.no_grad()
-def agreement(model: Any, ids: torch.Tensor, routed: torch.Tensor) -> float:
-    """Share of (token, layer) pairs with the same set of experts."""
+def agreement(
+    model: Any, ids: torch.Tensor, routed: torch.Tensor, where: slice = slice(None)
+) -> float:
+    """Share of (token, layer) pairs with the same set of experts, among some tokens."""
     logits = model(ids[None].to(model.device), output_router_logits=True).router_logits
     ours = routed.reshape(len(routed), LAYERS, TOP_K).sort(-1).values
     same = [
         (layer.topk(TOP_K).indices.sort(-1).values.cpu()[: len(routed)] == ours[:, index])
         .all(-1)
-        .float()
+        .float()[where]
         for index, layer in enumerate(logits)
     ]
     return torch.stack(same).mean().item()
+
+
+def check_a_push(service: AsyncSGLang, model: Any) -> dict[str, Any]:
+    """Rows that a push retracts: experts of tokens computed anew are left out, the rest agree."""
+    policy = SGLangWrapper(
+        service,
+        input_mode="tokens",
+        inplace=False,
+        generate_kwargs={"max_new_tokens": 1500, "ignore_eos": True},
+        extras=["routed_experts"],
+    )
+    rows = [TensorDict(tokens=TensorDict(prompt=torch.arange(20 + i, 40 + i))) for i in range(8)]
+    scheme = SGLangWeightSyncScheme(service, config=WeightSyncConfig(method="tensor"))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(policy, lazy_stack(rows))
+        time.sleep(2.0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "mlp.gate" not in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.5 * parameter.std())
+        scheme.push(model)
+        out = running.result()
+    scheme.close()
+    facts = []
+    for row in out.unbind(0):
+        versions = row["rollout", "policy_version"]
+        routed = row["rollout", "routed_experts"]
+        newest = int((versions == versions.max()).nonzero()[0])  # first token of the new weights
+        left_out = (routed == -1).all(-1)
+        after = slice(newest, len(routed))
+        facts.append(
+            {
+                "versions": sorted(set(versions.tolist())),
+                "tokens_before_and_after": [newest, len(versions) - newest],
+                "left_out": int(left_out.sum()),
+                "all_left_out_are_older": not bool(left_out[newest:].any()),
+                "same_experts_after": agreement(model, row["tokens"].full, routed, after),
+            }
+        )
+    return {"rows_of_a_push": facts}
 
 
 def main() -> None:
@@ -116,6 +160,7 @@ def main() -> None:
                 "sglang": service.sglang_version,
                 "shape_of_routed_experts": shapes,
                 "same_experts_as_hugging_face": shares,
+                **check_a_push(service, model),
                 "command": " ".join(["python", *sys.argv]),
             }
     print(json.dumps(result))

@@ -111,8 +111,8 @@ def as_ids(ids: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.array(ids, dtype=np.int64))
 
 
-def as_floats(values: Sequence[float] | None) -> torch.Tensor:
-    """Log-probs as float32."""
+def as_floats(values: Sequence[Any] | None) -> torch.Tensor:
+    """Log-probs, or rows of numbers, as float32."""
     return torch.from_numpy(np.array(values, dtype=np.float32))
 
 

@@ -55,7 +55,9 @@ class TokenMask:
         if 1 not in allowed:
             raise ValueError(f"none of the allowed ids is in the model's vocabulary ({vocab_size})")
         banned = torch.frombuffer(allowed, dtype=torch.uint8) == 0
-        return torch.zeros(vocab_size, dtype=torch.float16).masked_fill_(banned, -math.inf)
+        return torch.zeros(vocab_size, dtype=torch.float16, device="cpu").masked_fill_(
+            banned, -math.inf
+        )
 
     def __call__(self, logits: torch.Tensor, rows: list[torch.Tensor]) -> torch.Tensor:
         """Bans in place; one result of `open` per row."""
@@ -75,7 +77,7 @@ class ProgressTemperature:
 
     def __call__(self, logits: torch.Tensor, rows: list[tuple[Any, ...]]) -> torch.Tensor:
         """Scales in place; one result of `open` per row."""
-        scales = torch.tensor([self._scale(*row) for row in rows], dtype=logits.dtype)
+        scales = torch.tensor([self._scale(*row) for row in rows], dtype=logits.dtype, device="cpu")
         return logits.div_(scales.to(logits.device, non_blocking=True)[:, None])
 
     @staticmethod

@@ -12,7 +12,7 @@ from tensordict import NestedKey, TensorDict
 
 from ..completions import INITIAL_VERSION, Completion
 from ..errors import ConfigError, ResponseError, UnsupportedOptionError
-from ..outputs import Rows
+from ..outputs import Rows, as_floats, as_ids
 from ..protocol import Returns
 from .texts import non_tensor
 
@@ -89,7 +89,7 @@ def build_info(rows: Rows, completions: Sequence[Completion], spec: InfoSpec) ->
     sampled = [token_versions(c) for c in completions]
     columns: dict[str, Sequence[Any]] = {
         "finish_reason": [reasons[c.finish_type] for c in completions],
-        "weight_version": [torch.tensor(_last_version(c)) for c in completions],
+        "weight_version": [_count(_last_version(c)) for c in completions],
         "policy_version": rows.layout(unknown, sampled, NO_VERSION)[2],
     }
     for name in spec.extras:
@@ -98,6 +98,10 @@ def build_info(rows: Rows, completions: Sequence[Completion], spec: InfoSpec) ->
         TensorDict({name: values[i] for name, values in columns.items()}, batch_size=[])
         for i in range(len(completions))
     ]
+
+
+def _count(number: int) -> torch.Tensor:
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def _last_version(completion: Completion) -> int:
@@ -117,8 +121,8 @@ def token_versions(completion: Completion) -> torch.Tensor:
     """The version that sampled each token, int64 ``[R]``."""
     if len(completion.version_spans) == 1:
         number = version_number(completion.version_spans[0].version)
-        return torch.full((len(completion.output_ids),), number)
-    versions = torch.empty(len(completion.output_ids), dtype=torch.int64)
+        return torch.full((len(completion.output_ids),), number, dtype=torch.int64, device="cpu")
+    versions = torch.empty(len(completion.output_ids), dtype=torch.int64, device="cpu")
     for span in completion.version_spans:
         versions[span.start : span.end] = version_number(span.version)
     return versions
@@ -127,9 +131,11 @@ def token_versions(completion: Completion) -> torch.Tensor:
 def _top(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
     """``top_log_probs`` float32 and ``top_token_ids`` int64, ``[R, k]``."""
     tables = [
-        torch.tensor(c.top_log_probs, dtype=torch.float64).view(len(c.output_ids), -1, 2)
+        torch.tensor(c.top_log_probs, dtype=torch.float64, device="cpu").view(
+            len(c.output_ids), -1, 2
+        )
         if c.top_log_probs
-        else torch.empty(0, 0, 2)
+        else torch.empty(0, 0, 2, dtype=torch.float64, device="cpu")
         for c in completions
     ]
     return {
@@ -147,8 +153,8 @@ def _masks(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
     ids, offsets = [], []
     for completion in completions:
         kept = completion.sampling_mask or []
-        counts = torch.tensor([0, *map(len, kept)])
-        ids.append(torch.tensor([i for position in kept for i in position], dtype=torch.int64))
+        counts = as_ids([0, *map(len, kept)])
+        ids.append(as_ids([i for position in kept for i in position]))
         offsets.append(counts.cumsum(0))
     return {"sampling_mask_ids": ids, "sampling_mask_offsets": offsets}
 
@@ -162,10 +168,10 @@ def _hidden_states(completions: Sequence[Completion], rows: Rows) -> dict[str, A
     states = []
     for completion in completions:
         if not completion.output_ids or not completion.hidden_states:
-            states.append(torch.empty(0, 0))
+            states.append(torch.empty(0, 0, dtype=torch.float32, device="cpu"))
             continue
         prompt, *sampled = completion.hidden_states
-        states.append(torch.tensor([prompt[-1], *sampled])[: len(completion.output_ids)])
+        states.append(as_floats([prompt[-1], *sampled][: len(completion.output_ids)]))
     return {"hidden_states": states}
 
 
@@ -178,7 +184,7 @@ def _routed_experts(completions: Sequence[Completion], rows: Rows) -> dict[str, 
     experts = []
     for completion, prompt in zip(completions, rows.prompts, strict=True):
         if not completion.routed_experts:  # aborted before it began
-            experts.append(torch.empty(0, 0, dtype=torch.int32))
+            experts.append(torch.empty(0, 0, dtype=torch.int32, device="cpu"))
             continue
         raw = bytearray(base64.b64decode(completion.routed_experts))
         num_tokens = len(prompt) + len(completion.output_ids) - 1
@@ -193,7 +199,9 @@ def _routed_experts(completions: Sequence[Completion], rows: Rows) -> dict[str, 
 
 def _latency(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
     values = [NAN if c.latency_s is None else c.latency_s for c in completions]
-    return {"latency_s": [torch.tensor(value, dtype=torch.float32) for value in values]}
+    return {
+        "latency_s": [torch.tensor(value, dtype=torch.float32, device="cpu") for value in values]
+    }
 
 
 NAN = float("nan")
@@ -205,7 +213,7 @@ _EXTRA_VALUES = {
     "hidden_states": _hidden_states,
     "routed_experts": _routed_experts,
     "cached_tokens": lambda completions, rows: {
-        "cached_tokens": [torch.tensor(c.cached_tokens) for c in completions]
+        "cached_tokens": [_count(c.cached_tokens) for c in completions]
     },
     "request_id": lambda completions, rows: {
         "request_id": [non_tensor(c.rid) for c in completions]

@@ -158,7 +158,7 @@ class Broadcast(Carrier):
         assert self._group is not None
         body = Bucket.probe(PROBE_NAME).announcement(self._group.name)
         body["load_format"] = None
-        one = torch.zeros(1, device=self._device)
+        one = torch.zeros(1, dtype=torch.float32, device=self._device)
         timeout_s = self._timeouts.probe_s
         try:
             self._engines.begin()

@@ -74,7 +74,7 @@ def reference_log_probs(
     """
     model = unwrap(model)
     sent = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
-    inputs = torch.tensor([ids], device=next(iter(sent.values())).device)
+    inputs = torch.tensor([ids], dtype=torch.int64, device=next(iter(sent.values())).device)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

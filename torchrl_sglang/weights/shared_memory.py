@@ -50,7 +50,7 @@ def allocate_shared(num_bytes: int) -> torch.Tensor:
             "another method."
         )
     start_helper()
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    buffer = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     buffer.untyped_storage()._share_filename_cpu_()
     return buffer
 
