@@ -87,7 +87,9 @@ def check_a_push(service: AsyncSGLang, model: Any) -> dict[str, Any]:
         extras=["routed_experts"],
     )
     rows = [TensorDict(tokens=TensorDict(prompt=torch.arange(20 + i, 40 + i))) for i in range(8)]
-    scheme = SGLangWeightSyncScheme(service, config=WeightSyncConfig(method="tensor"))
+    # Whether the weights arrive is check_gpu.py's subject; a probe of random experts is too noisy.
+    config = WeightSyncConfig(method="tensor", verify="never")
+    scheme = SGLangWeightSyncScheme(service, config=config)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(policy, lazy_stack(rows))
         time.sleep(2.0)

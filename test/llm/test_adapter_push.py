@@ -717,7 +717,8 @@ def test_servers_that_take_no_tensors(
         front.seen.clear()
         connected(older).send(model)
         bodies = [json.loads(body) for path, body in front.seen if path == FROM_FOLDER]
-        assert not Path(bodies[0]["lora_path"]).exists()
+        loaded = [body["lora_path"] for body in bodies if body]  # an empty one asks for the route
+        assert not Path(loaded[0]).exists()
         assert is_run(older, merged(model))
 
 

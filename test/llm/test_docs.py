@@ -159,6 +159,10 @@ def check_samples(names: dict[str, Any]) -> None:
     assert names["samples"].batch_size == (2, 4)
 
 
+def check_context(names: dict[str, Any]) -> None:
+    assert names["fits"] == names["service"].max_input_len - 1
+
+
 def check_scoring(names: dict[str, Any]) -> None:
     assert names["scored"][0]["log_probs"].full.isnan().nonzero().tolist() == [[0]]
 
@@ -279,6 +283,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     FIRST: check_input_and_output,
     "Layouts": check_layouts,
     "Several samples": check_samples,
+    "The end of the context": check_context,
     "Scoring": check_scoring,
     "Sampling options": check_options,
     "Options of a call, and of a row": check_call_and_row,

@@ -99,6 +99,8 @@ def _ask_for(path: str, timeout_s: float, worker: ControlClient) -> None:
     except RequestRefusedError as error:
         if error.status in NOT_FOR_US:
             raise
+    except ServiceError:
+        pass  # who is gone is found out by what follows, which knows what to do about it
 
 
 class Engines:
@@ -164,7 +166,7 @@ class Engines:
         What is sent is empty. Servers look at the key first, and then refuse what is missing.
 
         Raises:
-            PushError: a server refuses the key, or has no such route, or did not answer.
+            PushError: a server refuses the key, or has no such route.
         """
         self.do("connect", partial(_ask_for, path, self.step_s), self.step_s)
 
