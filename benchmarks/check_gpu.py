@@ -48,7 +48,6 @@ class Way:
         options: of the server.
         make: writes the model.
         config: further options of the push.
-        tolerance: of a probe; a random mixture of experts chooses others for the noise of bf16.
     """
 
     gpus: list[int]
@@ -56,7 +55,6 @@ class Way:
     options: dict[str, Any] = field(default_factory=dict)
     make: Callable[[str, str], Any] = make_dense
     config: dict[str, Any] = field(default_factory=dict)
-    tolerance: float = 0.1
 
 
 TP2 = {"tp_size": 2}
@@ -72,14 +70,12 @@ WAYS = {
         expected="tensor",
         options={**TP2, "dp_size": 2, "enable_dp_attention": True},
         make=make_moe,
-        tolerance=0.5,
     ),
     "expert_parallel": Way(
         gpus=[0, 1],
         expected="tensor",
         options={**TP2, "ep_size": 2},
         make=make_moe,
-        tolerance=0.5,
     ),
     "disk_pp2": Way(gpus=[0, 1], expected="disk", options={"pp_size": 2}),
     "disk_dp2": Way(gpus=[0, 1], expected="disk", options={"dp_size": 2}),
@@ -90,7 +86,7 @@ WAYS = {
 
 def push_base(way: Way, service: AsyncSGLang, model: Any, num_pushes: int) -> dict[str, Any]:
     """Pushes several times; what was served before and after."""
-    config = WeightSyncConfig(probe_tolerance=way.tolerance, bucket_bytes=1 << 20, **way.config)
+    config = WeightSyncConfig(probe_tolerance=0.1, bucket_bytes=1 << 20, **way.config)
     scheme = SGLangWeightSyncScheme(service, device=sending_device(model), config=config)
     scheme.init_on_sender()
     start = time.perf_counter()
