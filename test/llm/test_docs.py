@@ -215,6 +215,14 @@ def check_turns(names: dict[str, Any]) -> None:
     assert len(after) > len(before)
 
 
+def check_conversations(names: dict[str, Any]) -> None:
+    mask = names["row"]["masks"].all_assistant_mask
+    sampled = [names[turn]["masks"].all_assistant_mask.sum() for turn in ("turn", "again")]
+    assert mask.sum() == sum(sampled)
+    assert names["row"]["next", "reward"].item() == 1.0
+    assert torch.equal(names["row"]["conversation", "turn"] >= 0, mask)
+
+
 def check_async(names: dict[str, Any]) -> None:
     assert names["one"].batch_size == names["other"].batch_size == (2,)
     assert len(names["completions"][0].output_ids) <= 64
@@ -291,6 +299,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "Comparing with the trainer": check_mismatch,
     "What else comes back": check_rollout,
     "Several turns": check_turns,
+    "Whole conversations": check_conversations,
     "Awaiting, and finishing early": check_async,
     "Aborting, and going on": check_abort,
     "Sessions": check_session,
@@ -341,6 +350,8 @@ def test_generation(
     exec(SECTIONS[FIRST], names)
     names["AsyncSGLang"] = Starting
     code = SECTIONS[title]
+    if title == "Whole conversations":  # of the turns of the section before
+        exec(SECTIONS["Several turns"], names)
     if title == "LoRA adapters":
         code = code.replace("path/to/adapter", str(random_adapter(tmp_path / "a", model, seed=1)))
     if title == "Aborting, and going on":
