@@ -67,8 +67,11 @@ def outputs(service: AsyncSGLang, tokenizer: Any, model: Any) -> list[Any]:
     after = TensorDict({"reward": reward, "done": done}, batch_size=[])
     steps = [row.clone().set("next", after.clone()) for row in out[0].unbind(0)]
     out.append(conversations(lazy_stack(steps)))
-    with SGLangWeightSyncScheme(service) as scheme:
+    scheme = SGLangWeightSyncScheme(service)
+    try:
         scheme.push(model)
+    finally:
+        scheme.close()
     return out
 
 

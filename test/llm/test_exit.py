@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fault_proxy import Fault, FaultProxy
+from servers import ready_weights
 
 from torchrl_sglang import AsyncSGLang
 from torchrl_sglang.weights.broadcast import ROUTE
@@ -119,6 +120,7 @@ def ended(shared_service: AsyncSGLang, model_path: Path) -> Iterator[dict[str, E
     keys = {"api_key": shared_service._keys.api_key}
     keys["admin_api_key"] = shared_service._keys.admin_api_key
     with ExitStack() as stack:
+        stack.callback(ready_weights, shared_service, model_path)  # some leave it paused
         proxies = {}
         for name, case in CASES.items():
             proxies[name] = stack.enter_context(FaultProxy(shared_service.workers[0].url))
