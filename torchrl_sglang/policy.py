@@ -416,9 +416,10 @@ def _service(service: Any, model: Any) -> AsyncSGLang:
     given = model if service is None else service
     if isinstance(given, str):
         given = find_service(given) or AsyncSGLang.connect(given)
-    if not isinstance(given, AsyncSGLang):
+    if not hasattr(given, "complete"):  # as a service has it
         raise ConfigError(
             f"service must be an AsyncSGLang or the URL of a router or server, got "
             f"{type(given).__name__}."
         )
-    return given
+    found: AsyncSGLang = given
+    return found

@@ -17,6 +17,7 @@ from .client import ControlClient
 from .completions import INITIAL_VERSION
 from .config import RouterConfig, Timeouts
 from .data_client import DataClient
+from .errors import ConfigError
 from .gate import ServiceState, UpdateGate
 from .launch.options import in_our_words
 from .live import remember
@@ -169,6 +170,9 @@ class AsyncSGLang(Members, SharedGeneration):
             LaunchError: something did not start; its argv, exit code and last log lines are in the
                 message, and nothing is left running.
         """
+        again = [name for name in ("model_path", "server_url") if name in server_args]
+        if again:
+            raise ConfigError(f"{again} beside model_name: from_pretrained serves that one.")
         sizes = {"tp_size": tp_size, "dp_size": dp_size, "pp_size": pp_size, "ep_size": ep_size}
         given: dict[str, Any] = {name: size for name, size in sizes.items() if size != 1}
         if cuda_devices is not None:

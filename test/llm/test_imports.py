@@ -139,6 +139,7 @@ def test_the_columns_do_not_blur(modules: list[str], forbidden: list[str]) -> No
                 "policy",
                 "rollout.chats",
                 "rollout.scoring",
+                "rollout.conversations",
                 "rollout.texts",
                 "rollout.tokenizers",
                 "weights.scheme",
