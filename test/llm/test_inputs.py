@@ -230,13 +230,16 @@ def test_options_for_the_template(service: AsyncSGLang) -> None:
     assert policy()(asked([HI]))[0]["text"].prompt.endswith("assistant\n")
     quiet = policy(enable_thinking=False)
     assert quiet(asked([HI]))[0]["text"].prompt.endswith("<think></think>")
-    plain = policy(padding=True, return_tensors="pt", add_generation_prompt=True)
+    plain = policy(
+        padding=True, return_tensors="pt", add_generation_prompt=True, add_special_tokens=False
+    )
     assert plain(asked([HI]))[0]["text"].prompt.endswith("assistant\n")
     for wrong, said in (
         ({"enable_thinkin": False}, r"'enable_thinkin'.*enable_thinking"),
         ({"truncation": True}, "truncation"),
         ({"max_length": 7}, "max_length"),
         ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"add_special_tokens": True}, "add_special_tokens"),
     ):
         with pytest.raises(ConfigError, match=said):
             policy(**wrong)

@@ -168,6 +168,11 @@ def template_options(
             f"tokenizer_kwargs has add_generation_prompt={kwargs['add_generation_prompt']!r} with "
             f"generate={generate}: leave it out; continue_final_message=True continues a message."
         )
+    if kwargs.pop("add_special_tokens", False):
+        raise ConfigError(
+            "tokenizer_kwargs has add_special_tokens=True with input_mode='history': the template "
+            "writes the special tokens itself, and there would be two of them."
+        )
     for name in _RENDERING:
         kwargs.pop(name, None)
     cut = [name for name in ("truncation", "max_length") if kwargs.pop(name, None)]
