@@ -119,7 +119,7 @@ def test_a_thread_that_can_not_be_started(
 ) -> None:
     scheme = connected(attached, config=NON_BLOCKING)
 
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("can't start new thread")
 
     with pytest.MonkeyPatch.context() as patched:
