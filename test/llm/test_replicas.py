@@ -314,7 +314,7 @@ def test_what_is_dead_is_known_as_dead(replicas: AsyncSGLang, model: Any) -> Non
         assert len(attached.generate([5, 6], SAMPLING).output_ids) == 8
     replicas.restart_workers([first])
     scheme = SGLangWeightSyncScheme(replicas)
-    scheme.connect_once()
+    scheme.connect()
     scheme.send(model)
     scheme.close()
     assert {worker.url for worker in replicas.workers} == {first, second}
@@ -330,7 +330,7 @@ def test_one_that_a_push_does_not_reach_leaves_the_router(
     with warnings.catch_warnings(), external(replicas) as attached:
         warnings.simplefilter("ignore")
         scheme = SGLangWeightSyncScheme(attached)
-        scheme.connect_once()
+        scheme.connect()
         scheme.send(perturb(model, seed=3))
         scheme.close()
         routed = attached._front.get("/workers")["workers"]
