@@ -384,8 +384,7 @@ def test_every_ending(
     silent = mode == "text" and bool(
         options.get("skip_special_tokens") or options.get("no_stop_trim") is False
     )
-    eos = tokenizer.eos_token_id
-    said = [not silent or all(split(turn)[1] != [eos] for turn in turns) for turns in dialogs]
+    said = [not silent or all(turn["text"].response for turn in turns) for turns in dialogs]
     assert any(said)
     assert drifted([turns for turns, whole in zip(dialogs, said, strict=True) if whole]) == 0
     for before, after in itertools.pairwise(sent):
