@@ -452,8 +452,8 @@ def test_a_trainer_that_closes_nothing_ends_all_the_same(
 
 
 def test_wrong_arguments(service: AsyncSGLang) -> None:
-    with pytest.raises(ConfigError, match="exactly one"):
-        SGLangWeightSyncScheme()
+    with pytest.raises(ConfigError, match="not both"):
+        SGLangWeightSyncScheme(service, server_url=service.server_url)
     with pytest.raises(ConfigError, match="num_gpus=2"):
         SGLangWeightSyncScheme(service, num_gpus=2)
 
