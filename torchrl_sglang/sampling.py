@@ -28,6 +28,20 @@ OPTIONAL = (
     "no_stop_trim",
 )
 GRAMMARS = ("regex", "json_schema", "ebnf", "structural_tag")
+# What tokens are sampled from, biases aside.
+DISTRIBUTION = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "regex",
+    "json_schema",
+    "ebnf",
+    "structural_tag",
+)
 # SGLang's own bounds on what it matches while it generates.
 MAX_STOPS = 32
 MAX_STOP_REGEX_LENGTH = 256

@@ -6,22 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from .protocol import GenerateRequest
-from .sampling import SamplingParams
-
-# What tokens are sampled from. Requests that differ in it keep the seed that they were given.
-DISTRIBUTION = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "regex",
-    "json_schema",
-    "ebnf",
-    "structural_tag",
-)
+from .sampling import DISTRIBUTION, SamplingParams
 
 
 def own_seeds(batch: Sequence[GenerateRequest]) -> list[GenerateRequest]:

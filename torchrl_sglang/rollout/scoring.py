@@ -16,28 +16,14 @@ from ..errors import ConfigError, ResponseError, UnsupportedOptionError
 from ..outputs import Columns, OutputSpec, as_floats, as_ids, stacked
 from ..prompts import Prompts, PromptSpec
 from ..protocol import GenerateRequest
-from ..sampling import SamplingParams
+from ..sampling import DISTRIBUTION, SamplingParams
 from .media import MEDIA_OPTIONS, media_of
 from .padding import attended, attention_masks, below, id_rows, pads_of, values_of
 from .row_requests import ROW_OPTIONS, CallOptions, given_rids
 from .texts import non_tensor
 
 # What changes the distribution, and can't be had when a prompt is scored.
-NOT_SCORED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "min_new_tokens",
-    "regex",
-    "json_schema",
-    "ebnf",
-    "structural_tag",
-)
+NOT_SCORED = (*DISTRIBUTION, "logit_bias", "min_new_tokens")
 
 
 def check_scoring(sampling: SamplingParams, processor: Any = None) -> None:
