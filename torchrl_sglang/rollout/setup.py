@@ -27,6 +27,7 @@ from .tokenizers import (
     template_options,
     tokenizer_options,
 )
+from .turns import SpecialTokens
 
 INPLACE = (True, False, "empty")
 
@@ -105,6 +106,7 @@ def settle(given: Mapping[str, Any], served_tokenizer: str) -> Settled:
         given["batching_timeout"],
     )
     tokenizer = load_tokenizer(given["tokenizer"], served_tokenizer, mode)
+    special = special_tokens(tokenizer)
     info = InfoSpec(
         key=given["rollout_key"],
         extras=parse_extras(given["extras"]),
@@ -119,8 +121,8 @@ def settle(given: Mapping[str, Any], served_tokenizer: str) -> Settled:
         num_samples=num_samples,
         inplace=choose_inplace(given["inplace"], num_samples),
         tokenizer=tokenizer,
-        prompts=_prompt_spec(given, mode, generate, tokenizer),
-        outputs=_output_spec(given, mode, tokenizer, sampling),
+        prompts=_prompt_spec(given, mode, generate, tokenizer, special),
+        outputs=_output_spec(given, mode, tokenizer, special, sampling),
         info=info,
         call=call,
         batching=batching,
@@ -161,7 +163,11 @@ def _call_options(
 
 
 def _prompt_spec(
-    given: Mapping[str, Any], mode: InputMode, generate: bool, tokenizer: Any
+    given: Mapping[str, Any],
+    mode: InputMode,
+    generate: bool,
+    tokenizer: Any,
+    special: SpecialTokens,
 ) -> PromptSpec:
     key = given["input_key"]
     return PromptSpec(
@@ -175,15 +181,18 @@ def _prompt_spec(
         prefer_tokens=given["prefer_tokens"],
         carry_turns=given["carry_turns"],
         tokenizer_kwargs=tokenizer_options(given["tokenizer_kwargs"] if mode == "text" else None),
-        chats=_chat_format(given, mode, generate, tokenizer),
+        chats=_chat_format(given, mode, generate, tokenizer, special),
     )
 
 
 def _chat_format(
-    given: Mapping[str, Any], mode: InputMode, generate: bool, tokenizer: Any
+    given: Mapping[str, Any],
+    mode: InputMode,
+    generate: bool,
+    tokenizer: Any,
+    special: SpecialTokens,
 ) -> ChatFormat:
     """How chats become ids; in text mode only how text does."""
-    special = special_tokens(tokenizer)
     begun = bool(given["continue_final_message"])
     if begun and not (mode == "history" and generate):
         raise ConfigError(
@@ -216,7 +225,11 @@ def _chat_format(
 
 
 def _output_spec(
-    given: Mapping[str, Any], mode: InputMode, tokenizer: Any, sampling: SamplingParams
+    given: Mapping[str, Any],
+    mode: InputMode,
+    tokenizer: Any,
+    special: SpecialTokens,
+    sampling: SamplingParams,
 ) -> OutputSpec:
     """A key of None, or nothing to write there, leaves an output out."""
     scoring_tokens = mode == "tokens" and not given["generate"]
@@ -229,7 +242,7 @@ def _output_spec(
         padded=given["pad_output"],
         tokenizer=tokenizer,
         pad_id=tokenizer.pad_token_id if tokenizer is not None else 0,
-        special=special_tokens(tokenizer),
+        special=special,
         text=text_options(sampling),
     )
 
