@@ -153,10 +153,7 @@ def _from_history(td: TensorDictBase, spec: PromptSpec) -> Prompts:
             chats.messages, texts, _carried(td, spec), ready, strict=True
         )
     ]
-    ids = [
-        rendered if known is None else known
-        for rendered, known in zip(chats.encoded(texts, turns), ready, strict=True)
-    ]
+    ids = chats.encoded(texts, turns, ready)
     return Prompts(ids=ids, texts=texts, history=history, chats=chats.messages, begun=chats.begun)
 
 

@@ -145,15 +145,29 @@ class Chats:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def encoded(self, texts: list[str], turns: Sequence[Turn | None]) -> list[list[int]]:
-        """Ids of every chat; those that go on from a known turn begin with its tokens."""
-        fresh = [text for text, turn in zip(texts, turns, strict=True) if turn is None]
+    def encoded(
+        self,
+        texts: list[str],
+        turns: Sequence[Turn | None],
+        ready: Sequence[list[int] | None],
+    ) -> list[list[int]]:
+        """Ids of every chat; those that go on from a known turn begin with its tokens.
+
+        Args:
+            texts: the chats as text.
+            turns: the turn that each goes on from.
+            ready: ids that are there already.
+        """
+        rows = list(zip(self.messages, texts, turns, ready, strict=True))
+        fresh = [text for _, text, turn, ids in rows if turn is None and ids is None]
         many = self._how.tokenizer(fresh, add_special_tokens=False)["input_ids"] if fresh else []
         tokenised = iter(many)
-        return [
-            next(tokenised) if turn is None else self._continued(turn, messages, text)
-            for messages, text, turn in zip(self.messages, texts, turns, strict=True)
-        ]
+        encoded = []
+        for messages, text, turn, ids in rows:
+            if ids is None:
+                ids = next(tokenised) if turn is None else self._continued(turn, messages, text)
+            encoded.append(ids)
+        return encoded
 
     def _continued(self, turn: Turn, messages: Sequence[Message], text: str) -> list[int]:
         how, answer = self._how, last_answer(messages)
