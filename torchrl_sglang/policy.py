@@ -224,7 +224,7 @@ class SGLangWrapper(LLMWrapperBase):
             UnsupportedOptionError: an option that is unknown or can't be served.
             ServiceError: the servers refused, failed or did not answer in time.
         """
-        self._check_target(tensordict, tensordict_out)
+        self._check_target(tensordict, tensordict_out, self.num_samples)
         call = Call(tensordict, self._settled, self.service, kwargs)
         return self._place(tensordict, call.outputs(self._complete(call)), tensordict_out)
 
@@ -248,7 +248,7 @@ class SGLangWrapper(LLMWrapperBase):
                 "min_batch_size or max_batch_size) collects those of several threads: await one "
                 "without, or call this one in threads."
             )
-        self._check_target(tensordict, tensordict_out)
+        self._check_target(tensordict, tensordict_out, self.num_samples)
         call = await asyncio.to_thread(Call, tensordict, self._settled, self.service, kwargs)
         completions = await self.service.acomplete(call.requests, call.arrive)
         out = await asyncio.to_thread(call.outputs, completions)
@@ -268,7 +268,7 @@ class SGLangWrapper(LLMWrapperBase):
         Raises:
             InputError: tokens, masks, log-probs or finish reasons are missing.
         """
-        self._check_target(tensordict, None, num_samples=None)
+        self._check_target(tensordict, None, None)
         call = ResumedCall(tensordict, self._settled, self.service, kwargs)
         completions = self._complete(call) if call.requests else []
         return self._place(tensordict, call.outputs(completions), None)
@@ -289,7 +289,7 @@ class SGLangWrapper(LLMWrapperBase):
         self,
         source: TensorDictBase,
         target: TensorDictBase | None,
-        num_samples: int | Literal["own"] | None = "own",
+        num_samples: int | None,
     ) -> None:
         """Raises `InputError` where the outputs can't be written, before anything is sampled."""
         if not is_tensor_collection(source):
@@ -299,10 +299,8 @@ class SGLangWrapper(LLMWrapperBase):
             )
         if target is None and self.inplace is not True:
             return
-        into, samples = target if target is not None else source, num_samples
-        if samples == "own":
-            samples = self.num_samples
-        size = source.batch_size if samples is None else (*source.batch_size, samples)
+        into = source if target is None else target
+        size = (*source.batch_size, *([] if num_samples is None else [num_samples]))
         if into.batch_size != torch.Size(size):
             raise InputError(
                 f"the outputs have batch size {tuple(size)}; what they are to be written into has "
