@@ -63,12 +63,6 @@ def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
     return None if any(value is None for value in values) else values
 
 
-def readable_rows(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
-    """Same as `rows_of`; None too where the rows have no data, as on the meta device."""
-    rows = rows_of(td, key)
-    return None if rows is None or any(row.is_meta for row in rows) else rows
-
-
 def id_rows(td: TensorDictBase, key: NestedKey) -> list[Row | None]:
     """Rows of ids and whether they can have padding; None where a row lacks them, or their data.
 
@@ -93,11 +87,7 @@ def _told(td: TensorDictBase, key: NestedKey) -> list[bool]:
     if isinstance(key, tuple) and len(key) > 1:
         flags = values_of(td, (*key[:-1], "padded"))
     dense = _is_dense(td, key)
-    return [dense if flag is None else bool(flag) for flag in map(_plain, flags)]
-
-
-def _plain(flag: Any) -> Any:
-    return getattr(flag, "data", flag)
+    return [dense if flag is None else bool(getattr(flag, "data", flag)) for flag in flags]
 
 
 def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:
@@ -151,9 +141,9 @@ def _leaves_out_one_id(row: torch.Tensor, mask: torch.Tensor) -> bool:
     return bool((left_out == left_out[:1]).all())
 
 
-def below(key: NestedKey, part: str) -> tuple[str, ...]:
+def below(key: NestedKey, *parts: str) -> tuple[str, ...]:
     """The key of a part of what is under a key."""
-    return (*key, part) if isinstance(key, tuple) else (key, part)
+    return (*key, *parts) if isinstance(key, tuple) else (key, *parts)
 
 
 def check_ids(value: Any, key: NestedKey, index: int) -> None:

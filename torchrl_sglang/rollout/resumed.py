@@ -22,7 +22,7 @@ from ..seeds import own_seeds
 from ..service import AsyncSGLang
 from .call import Call, exact, updated_options
 from .own_stops import cut_after, take_over
-from .padding import rows_of
+from .padding import below, rows_of
 from .row_requests import ROW_OPTIONS, make_requests, read_row_options
 from .setup import Settled, flattened, unflattened
 
@@ -197,10 +197,11 @@ def _with_extras(
     part: Completion, row: TensorDictBase, settled: Settled, prompt: torch.Tensor | None
 ) -> Completion:
     """A part with the extras that came with it."""
-    base = settled.info.key if isinstance(settled.info.key, tuple) else (settled.info.key,)
+    key = settled.info.key
+    assert key is not None  # extras have nowhere else to be
 
     def extra(name: str) -> Any:
-        value = row.get((*base, name), None)
+        value = row.get(below(key, name), None)
         return value.tolist() if isinstance(value, torch.Tensor) else getattr(value, "data", value)
 
     read: dict[str, Any] = {}
@@ -215,7 +216,7 @@ def _with_extras(
             first, *others = extra(name) or [[]]
             read[name] = [[first], *others] if first else None
         elif name == "routed_experts":
-            experts = row.get((*base, name))
+            experts = row.get(below(key, name))
             read[name] = base64.b64encode(experts.cpu().numpy().tobytes()).decode()
         elif name == "input_log_probs":
             known = prompt is not None and not bool(prompt[1:].isnan().any())
@@ -226,11 +227,11 @@ def _with_extras(
     return replace(part, **read)
 
 
-def _rows(flat: TensorDictBase, key: NestedKey | None, *below: str) -> list[torch.Tensor]:
-    path = (*(key if isinstance(key, tuple) else (key,)), *below)
-    rows = None if key is None else rows_of(flat, path)
+def _rows(flat: TensorDictBase, key: NestedKey | None, *parts: str) -> list[torch.Tensor]:
+    path = None if key is None else below(key, *parts)
+    rows = None if path is None else rows_of(flat, path)
     if rows is None:
-        what = f"{' '.join(below)!r} under an output key of None" if key is None else f"{path!r}"
+        what = f"{' '.join(parts)!r} under an output key of None" if key is None else f"{path!r}"
         raise InputError(
             f"resume reads {what} of what the policy returned, which is missing: leave no output "
             "key out with partial_rollouts=True."
@@ -239,8 +240,7 @@ def _rows(flat: TensorDictBase, key: NestedKey | None, *below: str) -> list[torc
 
 
 def _reasons(flat: TensorDictBase, key: NestedKey | None) -> list[Any]:
-    base = key if isinstance(key, tuple) else (key,)
-    reasons = None if key is None else flat.get((*base, "finish_reason"), None)
+    reasons = None if key is None else flat.get(below(key, "finish_reason"), None)
     if reasons is None:
         raise InputError(f"resume reads the finish reasons under {key!r}, which are missing.")
     return reasons if isinstance(reasons, list) else list(reasons.tolist())
