@@ -77,17 +77,22 @@ def agreement(
     return torch.stack(same).mean().item()
 
 
-def check_a_push(service: AsyncSGLang, model: Any) -> dict[str, Any]:
-    """Rows that a push retracts: experts of tokens computed anew are left out, the rest agree."""
-    policy = SGLangWrapper(
+def policy_of(service: AsyncSGLang, max_new_tokens: int) -> SGLangWrapper:
+    return SGLangWrapper(
         service,
         input_mode="tokens",
         inplace=False,
-        generate_kwargs={"max_new_tokens": 1500, "ignore_eos": True},
+        generate_kwargs={"max_new_tokens": max_new_tokens, "ignore_eos": True},
         extras=["routed_experts"],
     )
+
+
+def check_a_push(service: AsyncSGLang, model: Any) -> dict[str, Any]:
+    """Rows that a push retracts: experts of tokens computed anew are left out, the rest agree."""
+    policy = policy_of(service, 1500)
     rows = [TensorDict(tokens=TensorDict(prompt=torch.arange(20 + i, 40 + i))) for i in range(8)]
-    # Whether the weights arrive is check_gpu.py's subject; a probe of random experts is too noisy.
+    # The experts themselves don't arrive: transformers holds them in one tensor, SGLang reads one
+    # for each. A probe refuses such a push, and what is looked at here is what is left out.
     config = WeightSyncConfig(method="tensor", verify="never")
     scheme = SGLangWeightSyncScheme(service, config=config)
     with ThreadPoolExecutor(1) as pool:
@@ -140,13 +145,7 @@ def main() -> None:
             disable_cuda_graph=True,
             enable_return_routed_experts=True,
         ) as service:
-            policy = SGLangWrapper(
-                service,
-                input_mode="tokens",
-                inplace=False,
-                generate_kwargs={"max_new_tokens": 24, "ignore_eos": True},
-                extras=["routed_experts"],
-            )
+            policy = policy_of(service, 24)
             rows = [
                 TensorDict(tokens=TensorDict(prompt=torch.arange(20 + i, 40 + 3 * i)))
                 for i in range(8)

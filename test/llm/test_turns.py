@@ -556,6 +556,11 @@ def test_rows_that_differ_in_their_tool_calls_alone(service: AsyncSGLang, tokeni
         assert tool in tokenizer.decode(tokens)
 
 
+def text_rows(*texts: str) -> TensorDict:
+    rows = [TensorDict(text=Text(prompt=text, batch_size=()), batch_size=()) for text in texts]
+    return lazy_stack(rows)
+
+
 TWINS = {"regex": "----------------", "max_new_tokens": 30}  # in tokens of one or two hyphens
 
 
@@ -564,12 +569,7 @@ def twins_of(policy: SGLangWrapper, mode: str) -> tuple[TensorDict, list[list[in
     needs_xgrammar("gives a text that is certain its canonical tokens")
     chat = [{"role": "user", "content": "hello"}]
     text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    if mode == "history":
-        td = chats(*[chat] * 8)
-    else:
-        td = lazy_stack(
-            [TensorDict(text=Text(prompt=text, batch_size=()), batch_size=()) for _ in range(8)]
-        )
+    td = chats(*[chat] * 8) if mode == "history" else text_rows(*[text] * 8)
     out = policy(td, temperature=3.0)
     full = [row["tokens"].full[row["masks"].all_attention_mask].tolist() for row in out.unbind(0)]
     assert len({tuple(ids) for ids in full}) > 1
@@ -681,9 +681,7 @@ def test_another_dialog_in_the_same_tensordict(
     def asked(*questions: str) -> TensorDict:
         if mode == "history":
             return chats(*[[{"role": "user", "content": q}] for q in questions])
-        return lazy_stack(
-            [TensorDict(text=Text(prompt=q, batch_size=()), batch_size=()) for q in questions]
-        )
+        return text_rows(*questions)
 
     td = policy(asked("hello", "no"))
     td[mode] = asked("another", "one")[mode]
@@ -756,11 +754,6 @@ def test_text_that_goes_on_in_a_tensordict_of_its_own(service: AsyncSGLang, toke
         before = [row["tokens"].full.tolist() for row in out.unbind(0)]
         closed = [row["text"].full.removesuffix("<|im_end|>") for row in out.unbind(0)]
         texts = [text + "<|im_end|>\nand so on" for text in closed]
-
-
-def text_rows(*texts: str) -> TensorDict:
-    rows = [TensorDict(text=Text(prompt=text, batch_size=()), batch_size=()) for text in texts]
-    return lazy_stack(rows)
 
 
 PLAIN = {"max_new_tokens": 3, "ignore_eos": True, "logit_bias": {0: -100.0, 1: -100.0, 2: -100.0}}
