@@ -255,6 +255,8 @@ class AsyncSGLang(Members, SharedGeneration):
         """
         if self.pushed_version is not None and not self._local.others_push:
             return str(self.pushed_version)
+        if self._local.lost:
+            self._local.recover()
         answer = self.workers[0].get("/model_info")
         version = str(answer.get("weight_version", INITIAL_VERSION))
         self._local.saw([version])

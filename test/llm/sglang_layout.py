@@ -42,7 +42,8 @@ def shards(folder: Path) -> dict[str, dict[str, str]]:
 
     config = AutoConfig.from_pretrained(folder)
     module = importlib.import_module(f"sglang.srt.models.{config.model_type}")
-    for used in (module, importlib.import_module("sglang.srt.models.llama")):
+    others = ("llama", "qwen2_moe")  # of whose parts it is made
+    for used in (module, *(importlib.import_module(f"sglang.srt.models.{o}") for o in others)):
         # They hold no weights, and want a GPU or a process group.
         used.get_rope = used.LogitsProcessor = used.RadixAttention = lambda *a, **k: (
             torch.nn.Identity()
@@ -73,6 +74,9 @@ def ranks(rank: int, size: int) -> dict[str, object]:
         "tp_group": None,
         "attn_tp_group": None,
         "moe_tp_group": None,
+        "moe_ep_group": None,
+        "moe_ep_rank": 0,
+        "moe_ep_size": 1,
         **{f"{name}_rank": rank for name in names},
         **{f"{name}_size": size for name in names},
     }

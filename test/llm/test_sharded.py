@@ -2,97 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
 from servers import CPU_SERVER_ARGS, worst_error
+from two_ranks import in_ranks, trained
 
 from torchrl_sglang import AsyncSGLang
-from torchrl_sglang.launch.ports import PortReservation
 from torchrl_sglang.weights.sharded import ShardedWeights
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
-
-TRAINER = """
-import json, pickle, sys, time
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
-from torchrl_sglang import SGLangWeightSyncScheme, WeightSyncConfig, assist_push
-
-service, path, what = pickle.loads(bytes.fromhex(sys.argv[1]))
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-generator = torch.Generator().manual_seed(5)
-with torch.no_grad():
-    for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1 * parameter.std())
-mesh = init_device_mesh("cpu", (2,))
-for layer in model.model.layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
-if what == "nan" and rank == 0:
-    with torch.no_grad():
-        model.model.norm.weight.to_local().fill_(float("nan"))
-said = {}
-try:
-    if rank == 0:
-        config = WeightSyncConfig(bucket_bytes=1 << 18)
-        scheme = SGLangWeightSyncScheme(service, config=config)
-        scheme.init_on_sender()
-        scheme.connect()
-        scheme.send(model)
-        push = scheme.last_push
-        said = {"verified_by": push.verified_by, "buckets": push.num_buckets}
-        scheme.close()
-    else:
-        assist_push(model)
-except Exception as error:
-    said = {"error": f"{type(error).__name__}: {error}"}
-print(json.dumps(said), flush=True)
-dist.destroy_process_group()
-"""
-
-
-def in_ranks(script: str, *argv: str, timeout_s: float = 90.0) -> list[dict[str, Any]]:
-    """What each of two ranks said."""
-    with PortReservation() as port:
-        number = port.port
-    ranks = []
-    for rank in range(2):
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(number), "WORLD_SIZE": "2"}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script, *argv],
-                env={**os.environ, **env, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        told_us = [rank.communicate(timeout=timeout_s) for rank in ranks]
-    finally:
-        for rank in ranks:
-            with rank:
-                rank.kill()
-    assert all(out for out, _ in told_us), [err[-3000:] for _, err in told_us]
-    return [json.loads(out.splitlines()[-1]) for out, _ in told_us]
-
-
-def trained(service: AsyncSGLang, path: Any, what: str = "") -> list[dict[str, Any]]:
-    """What each of two ranks said after a push."""
-    return in_ranks(TRAINER, pickle.dumps((service, str(path), what)).hex())
 
 
 def test_both_ranks_gather_and_one_pushes(
@@ -125,7 +47,8 @@ def test_a_server_that_fails_in_mid_push(
     proxied: AsyncSGLang, proxy: FaultProxy, model_path: Any, restore_weights: None
 ) -> None:
     """The other rank is gathering then; it must not be left alone in it."""
-    proxy.faults["/update_weights_from_distributed"] = Fault(status=500, after=2, times=1)
+    # The first call is the question whether the key is right, before anything is begun.
+    proxy.faults["/update_weights_from_distributed"] = Fault(status=500, after=3, times=1)
     first, second = trained(proxied, model_path)  # within the time that ranks are given
     assert "step 'transfer', bucket 2" in first["error"]
     assert "rank 0 said: PushError" in second["error"]

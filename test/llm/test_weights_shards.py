@@ -14,6 +14,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from torchrl_sglang.weights.checksum import expected_checksums
@@ -199,19 +200,29 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(
         **{**SMALL, "vocab_size": 192}, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True
     ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SMALL,
+        moe_intermediate_size=48,
+        num_key_value_heads=4,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        tie_word_embeddings=False,
+    ),
 }
 
 
 def make_weights(folder: Path, config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """Random values for every parameter, norms and biases too, so that each place shows."""
-    config.architectures = [{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(
-        config.model_type, f"{config.model_type.title()}ForCausalLM"
-    )]  # fmt: skip
+    config.architectures = [f"{config.model_type.title().replace('_', '')}ForCausalLM"]
     config.save_pretrained(folder)
     make = torch.Generator().manual_seed(0)
+    expected = expected_model(str(folder))
+    shapes = {name: shape for name, (_, shape) in expected.parameters.items()} | expected.written
     weights = {
         name: torch.randn(shape, generator=make).bfloat16()
-        for name, (_, shape) in expected_model(str(folder)).parameters.items()
+        for name, shape in shapes.items()
+        if name not in expected.writer.shapes
     }
     torch.save(weights, folder / "sent.pt")
     return weights

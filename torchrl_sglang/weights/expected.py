@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import WeightsError
+from .checkpoint import Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Expected:
         tied: names that share their memory with one of these, and which one.
         buffers: names of buffers, which the servers compute themselves.
         dtype: dtype of the checkpoint.
+        writer: makes of a parameter what the checkpoint has in its place.
     """
 
     model_path: str
@@ -28,6 +30,17 @@ class Expected:
     tied: dict[str, str]
     buffers: frozenset[str]
     dtype: torch.dtype
+    writer: Writer
+
+    @functools.cached_property
+    def written(self) -> dict[str, torch.Size]:
+        """Shapes by the checkpoint's names, of what it has in place of some of the parameters."""
+        return {name: size for sizes in self.writer.shapes.values() for name, size in sizes.items()}
+
+    def shape_of(self, name: str) -> torch.Size:
+        """Shape of a parameter, or of what the checkpoint has in its place; either by its name."""
+        found = self.parameters.get(self.tied.get(name, name))
+        return self.written[name] if found is None else found[1]
 
 
 @functools.lru_cache(maxsize=8)
@@ -50,6 +63,7 @@ def expected_model(model_path: str) -> Expected:
         },
         buffers=frozenset(name for name, _ in model.named_buffers()),
         dtype=model.config.dtype or next(model.parameters()).dtype,
+        writer=Writer(model),
     )
 
 

@@ -12,7 +12,9 @@ from torch import nn
 from ..config import WeightSyncConfig
 from ..errors import WeightsError
 from ..info import WorkerInfo
+from .checkpoint import as_written
 from .expected import Expected, expected_model, model_config
+from .lazy import parts_of
 from .merged import MergedWeights, adapter_parameters, has_adapters, tuned_layers
 from .plan import Bucket, plan_buckets, spec_of
 from .served_dtype import served_dtype
@@ -26,7 +28,8 @@ class Plan:
     """A push.
 
     Attributes:
-        weights: what is sent, under the served model's names.
+        weights: what is sent, under the names of the served model's checkpoint.
+        sharded: those that ranks of the trainer gather for it, None if it is none.
         dtype: dtype in which it travels, the servers' own.
         buckets: which tensors travel together.
         verifier: proves afterwards that it arrived.
@@ -36,6 +39,7 @@ class Plan:
     """
 
     weights: Mapping[str, torch.Tensor]
+    sharded: ShardedWeights | None
     dtype: torch.dtype
     buckets: list[Bucket]
     verifier: Verifier
@@ -82,25 +86,28 @@ def make_plan(
     if config.check_finite:
         check_finite({**named, **_adapters(source)})
     dtype = served_dtype(infos[0], expected)
-    specs = [spec_of(name, tensor, dtype) for name, tensor in named.items()]
     weights = _made_when_sent(named, source, expected)
+    sharded = weights if isinstance(weights, ShardedWeights) else None
     if copy:
-        if isinstance(weights, ShardedWeights):
+        if sharded is not None:
             raise WeightsError(
                 "sharded weights are gathered by all ranks together, which can't go on while they "
                 "train: push with WeightSyncConfig(non_blocking=False)."
             )
         weights = {name: t.detach().to(dtype, copy=True) for name, t in weights.items()}
     model = source if isinstance(source, nn.Module) else reference
-    if isinstance(weights, ShardedWeights):
+    if sharded is not None:
         model = None
-    verifier = Verifier(config, infos, weights, dtype, model, partial=partial)
+    sent = as_written(weights, expected.writer)
+    verifier = Verifier(config, infos, sent, dtype, model, partial=partial)
     if verifies:
         verifier.refuse_impossible()
         if copy:
             verifier.prepare()
+    specs = [spec_of(name, part, dtype) for name, part in parts_of(sent).items()]
     return Plan(
-        weights=weights,
+        weights=sent,
+        sharded=sharded,
         dtype=dtype,
         buckets=plan_buckets(specs, config.bucket_bytes),
         verifier=verifier,

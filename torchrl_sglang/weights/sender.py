@@ -67,7 +67,7 @@ def check_metadata(metadata: Metadata | None, expected: Expected) -> None:
         if name in expected.buffers:
             continue
         dtype, shape = metadata[given]
-        _, served = expected.parameters[expected.tied.get(name, name)]
+        served = expected.shape_of(name)
         if tuple(shape) != tuple(served):
             wrong.append(f"{given} has shape {tuple(shape)} instead of {tuple(served)}")
         elif not dtype.is_floating_point or dtype.itemsize < 2:

@@ -1,14 +1,14 @@
 """Which parts of which of the checkpoint's tensors a rank of a server holds: pure functions.
 
 Names are the server's, ``model.layers.0.self_attn.qkv_proj.weight`` for instance; shapes are the
-checkpoint's. Source: the weight loaders of SGLang's ``srt/layers/linear.py`` and
-``srt/layers/vocab_parallel_embedding.py`` (0.5.23), as ``srt/models/llama.py``, ``qwen2.py`` and
-``qwen3.py`` use them.
+checkpoint's. Source: the weight loaders of SGLang's ``srt/layers/linear.py``,
+``srt/layers/vocab_parallel_embedding.py`` and ``srt/layers/moe/fused_moe_triton/layer.py``
+(0.5.23), as ``srt/models/llama.py``, ``qwen2.py``, ``qwen3.py`` and ``qwen3_moe.py`` use them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+# Of all the experts of a layer, or those that a rank has: theirs one after the other.
+EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
 KEY_VALUE = ("k_proj", "v_proj")
 ROW_PARALLEL = (".o_proj.weight", ".down_proj.weight")  # divided by columns
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -24,6 +26,9 @@ VOCAB_MULTIPLE = 64  # SGLang pads embeddings with zero rows to a multiple of th
 CPU_MLP_MULTIPLE = 32  # on a CPU, it pads what a rank holds of an MLP to a multiple of this
 # Families whose layout is the one described here, by the ``model_type`` of their configs.
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# As above where ranks divide each expert, as they do unless SGLang is told otherwise: there are
+# backends that reorder what they have loaded, and expert-parallel ranks have whole experts.
+DIVIDED = FAMILIES | {"qwen3_moe"}
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -81,7 +86,7 @@ class Shard:
     zero_rows: int = 0
 
 
-def parts_of(server_name: str, known: Iterable[str] = ()) -> list[str]:
+def parts_of(server_name: str, known: Collection[str] = ()) -> list[str]:
     """The checkpoint's names behind one parameter of the server.
 
     Args:
@@ -90,11 +95,25 @@ def parts_of(server_name: str, known: Iterable[str] = ()) -> list[str]:
     """
     if server_name == HEAD and EMBEDDING in known and HEAD not in known:
         return [EMBEDDING]
+    prefix, _, leaf = server_name.rpartition(".experts.")
+    if prefix and leaf in EXPERTS:
+        return _of_experts(f"{prefix}.experts", EXPERTS[leaf], known) or [server_name]
     for fused, parts in FUSED.items():
         marker = f".{fused}."
         if marker in server_name:
             return [server_name.replace(marker, f".{part}.") for part in parts]
     return [server_name]
+
+
+def _of_experts(prefix: str, parts: Sequence[str], known: Collection[str]) -> list[str]:
+    """What was sent of the experts of a layer, by their numbers."""
+    found: list[str] = []
+    names = [f"{prefix}.0.{part}.weight" for part in parts]
+    while any(name in known for name in names):
+        found += names
+        expert = len(found) // len(parts)
+        names = [f"{prefix}.{expert}.{part}.weight" for part in parts]
+    return found
 
 
 def without_siblings(names: Iterable[str]) -> list[str]:
@@ -124,14 +143,11 @@ def shard_of(server_name: str, shapes: Shapes, rank: Rank) -> Shard:
     parts = parts_of(server_name, shapes)
     if server_name in (EMBEDDING, HEAD):
         return _vocab_shard(parts[0], shapes[parts[0]][0], rank)
-    if len(parts) > 1:
+    if parts[0].endswith(ROW_PARALLEL) and rank.tp_size > 1:
+        return Shard(slices=tuple(_columns(part, shapes[part][1], rank) for part in parts))
+    if parts != [server_name]:
         return Shard(slices=tuple(_rows(part, shapes[part][0], rank) for part in parts))
-    name, shape = parts[0], shapes[parts[0]]
-    if name.endswith(ROW_PARALLEL) and rank.tp_size > 1:
-        columns = shape[1] // rank.tp_size
-        return Shard(
-            slices=(Slice(name=name, dim=1, start=rank.tp_rank * columns, length=columns),)
-        )
+    name, shape = server_name, shapes[server_name]
     return Shard(slices=(Slice(name=name, dim=0, start=0, length=shape[0] if shape else 1),))
 
 
@@ -141,6 +157,11 @@ def _rows(name: str, num_rows: int, rank: Rank) -> Slice:
     if name.rsplit(".", 2)[-2] in KEY_VALUE and rank.heads and rank.heads.keys < count:
         index, count = index * rank.heads.keys // count, rank.heads.keys
     return Slice(name=name, dim=0, start=index * (num_rows // count), length=num_rows // count)
+
+
+def _columns(name: str, num_columns: int, rank: Rank) -> Slice:
+    held = num_columns // rank.tp_size
+    return Slice(name=name, dim=1, start=rank.tp_rank * held, length=held)
 
 
 def _vocab_shard(name: str, num_rows: int, rank: Rank) -> Shard:
@@ -203,7 +224,7 @@ def why_unknown(
         )
     if tp_size == 1:
         return None
-    if family not in FAMILIES:
+    if family not in DIVIDED:
         return f"how SGLang divides a {family!r} model among ranks is not known here"
     if heads is None:
         return "the served model's config, which counts its attention heads, can't be loaded here"

@@ -172,7 +172,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def matched(
     weights: Mapping[str, torch.Tensor], expected: Expected, *, partial: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The weights under the served model's names, checked to be that model, whole.
+    """The weights under the served model's names, or its checkpoint's, checked to be it, whole.
 
     Args:
         weights: under the trainer's names.
@@ -190,7 +190,8 @@ def matched(
         named = {
             partner: named[name] for name, partner in expected.tied.items() if name in named
         } | named
-    named = {name: tensor for name, tensor in named.items() if name in expected.parameters}
+    pushed = {**expected.parameters, **expected.written}
+    named = {name: tensor for name, tensor in named.items() if name in pushed}
     if not named:
         raise WeightsError("these weights are buffers only, which servers compute themselves.")
     check_shapes(named, expected)
@@ -202,6 +203,8 @@ def served_names(
 ) -> dict[str, str]:
     """What the served model calls each of these names, without the wrappers' prefixes.
 
+    Where its checkpoint has other names, they are understood too, and stay.
+
     Args:
         given: the trainer's names.
         expected: the served model.
@@ -210,7 +213,7 @@ def served_names(
     Raises:
         WeightsError: a name is unknown, or one of the model's is missing.
     """
-    known = {*expected.parameters, *expected.tied, *expected.buffers}
+    known = {*expected.parameters, *expected.tied, *expected.buffers, *expected.written}
     named = {name: name for name in given}
     while not known.issuperset(named.values()):
         prefix = next(
@@ -228,7 +231,13 @@ def served_names(
             f"{shown(unknown)}. It has names like {shown(list(expected.parameters))}."
         )
     found = set(named.values())
-    missing = [name for name in expected.parameters if name not in found]
+    missing = []
+    for name in expected.parameters:
+        written = expected.writer.shapes.get(name, {})
+        if name not in found:
+            missing += [w for w in written if w not in found] or ([] if written else [name])
+        elif twice := [w for w in written if w in found]:
+            raise WeightsError(f"the weights have {name}, and parts of it too: {shown(twice)}.")
     if missing and not partial:
         raise WeightsError(
             f"of {len(expected.parameters)} parameters of {expected.model_path}, {len(missing)} "
@@ -253,7 +262,7 @@ def check_tied(weights: Mapping[str, torch.Tensor], expected: Expected) -> None:
 def check_shapes(weights: Mapping[str, torch.Tensor], expected: Expected) -> None:
     """Raises `WeightsError` for a tensor of another shape than the served model's."""
     for name, tensor in weights.items():
-        _, shape = expected.parameters[name]
+        shape = expected.shape_of(name)
         if tensor.shape != shape:
             raise WeightsError(
                 f"{name} has shape {tuple(tensor.shape)}; {expected.model_path} has {tuple(shape)}:"

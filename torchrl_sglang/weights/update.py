@@ -25,10 +25,10 @@ from .attempt import attempt
 from .connection import Connection
 from .expected import expected_model
 from .failure import after_failure, forget_frames
+from .lazy import LazyWeights
 from .planned import Plan, make_plan
 from .result import Course, PushResult
 from .revive import to_revive
-from .sharded import ShardedWeights
 from .streams import handed_over
 from .versions import served_version
 
@@ -175,9 +175,9 @@ class WeightPusher(Connection):
             partial=partial,
             repairs=repairs,
         )
-        if isinstance(plan.weights, ShardedWeights):
+        if plan.sharded is not None:
             tied = expected_model(self.model_path).tied
-            plan.weights.compare(tied, finite=self.config.check_finite)
+            plan.sharded.compare(tied, finite=self.config.check_finite)
         if self._carrier is not None:
             self._carrier.prepare(plan.buckets)
         return plan
@@ -221,7 +221,7 @@ class WeightPusher(Connection):
             except BaseException as raised:
                 in_session = self._may_be_in_session(raised)
                 self._drop()
-                if isinstance(plan.weights, ShardedWeights):
+                if isinstance(plan.weights, LazyWeights):
                     plan.weights.drain()
                 error = after_failure(raised, self._workers, in_session=in_session)
                 forget_frames(error)

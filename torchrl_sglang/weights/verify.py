@@ -12,6 +12,7 @@ from ..client import ControlClient
 from ..config import WeightSyncConfig
 from ..errors import ServiceError, VerificationError
 from ..info import WorkerInfo
+from .checkpoint import CheckpointWeights
 from .checksum import ask_checksums, parse_checksums
 from .engines import Engines
 from .expected import model_config
@@ -20,7 +21,7 @@ from .merged import has_adapters
 from .probe import parse_probe, probe_body, probe_ids, reference_log_probs
 from .proof import ChecksumProof, family_of, why_unprovable
 from .shards import FAMILIES, without_siblings
-from .source import unwrap
+from .source import shown, unwrap
 from .watch import push_error
 
 T = TypeVar("T")
@@ -132,8 +133,11 @@ class Verifier:
                 raise VerificationError(f"{self._unproved} {NO_MODEL}".strip())
             inner: Any = unwrap(self._model)
             weights = self._weights
+            if isinstance(weights, CheckpointWeights):
+                weights = weights.source
             if has_adapters(inner):  # what is merged as it is sent, the model adds by itself
                 weights = dict(inner.named_parameters())
+            _check_names(inner, weights)
             ids = probe_ids(_num_embeddings(inner, weights))
             scores = reference_log_probs(self._model, weights, self._dtype, ids)
             self._probe = (ids, scores)
@@ -184,6 +188,17 @@ class Verifier:
         ids, ours = self._reference()
         compare_probe(engines, ids, ours, salt, self._config.probe_tolerance)
         self.verified_by = "probe"
+
+
+def _check_names(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises `VerificationError` where a model can't compute with weights that have other names."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if other := [name for name in weights if name not in names]:
+        raise VerificationError(
+            f"the model that a probe compares with has no {shown(other)}, as the checkpoint has: "
+            "push weights under the model's own names, or the model itself, or let checksums alone "
+            "judge with WeightSyncConfig(verify_method='checksum')."
+        )
 
 
 def _num_embeddings(model: Any, weights: Mapping[str, torch.Tensor]) -> int:

@@ -1,0 +1,166 @@
+"""A model's parameters as its checkpoint has them, against what transformers itself saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_models import mixtral, olmoe, qwen3_moe
+from safetensors.torch import load_file
+from tiny_model import make_model, make_tokenizer
+from transformers import Gemma3ForConditionalGeneration
+from transformers.models.gemma3.configuration_gemma3 import Gemma3Config
+
+from torchrl_sglang.errors import VerificationError, WeightsError
+from torchrl_sglang.weights.checkpoint import CheckpointWeights, Writer, as_written
+from torchrl_sglang.weights.expected import expected_model
+from torchrl_sglang.weights.lazy import LazyWeights
+from torchrl_sglang.weights.sender import check_metadata, get_model_metadata
+from torchrl_sglang.weights.source import matched, named_weights
+from torchrl_sglang.weights.verify import _check_names
+
+
+def gemma3() -> Any:
+    """One with eyes, whose parameters have other prefixes in its checkpoint."""
+    config = Gemma3Config(
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "vocab_size": 300,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
+
+
+MAKE = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "olmoe": olmoe, "gemma3": gemma3}
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model, the folder where it was saved, and what is in its file."""
+    model = MAKE[request.param]()
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder, load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    model, folder = qwen3_moe(), tmp_path_factory.mktemp("experts")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_what_is_sent_is_what_the_file_has(saved: Any) -> None:
+    model, folder, file = saved
+    expected = expected_model(str(folder))
+    sent = as_written(matched(named_weights(model), expected), expected.writer)
+    assert isinstance(sent, CheckpointWeights)
+    assert set(sent) == set(file)
+    assert all(torch.equal(sent[name], file[name]) for name in file)
+    assert {n: p.shape for n, p in sent.parts.items()} == {n: t.shape for n, t in file.items()}
+    assert {expected.shape_of(name) == tensor.shape for name, tensor in file.items()} == {True}
+
+
+def test_the_files_own_names_are_understood(saved: Any) -> None:
+    """As of a trainer that holds the experts one by one."""
+    _, folder, file = saved
+    expected = expected_model(str(folder))
+    named = matched(file, expected)
+    assert as_written(named, expected.writer) is named
+    assert set(named) == set(file)
+    metadata = {name: (tensor.dtype, tensor.shape) for name, tensor in file.items()}
+    check_metadata(metadata, expected)
+    with pytest.raises(WeightsError, match="1 is missing: "):
+        matched(dict(list(file.items())[1:]), expected)
+
+
+def test_the_models_names_are_understood(saved: Any) -> None:
+    model, folder, _ = saved
+    check_metadata(get_model_metadata(model), expected_model(str(folder)))
+
+
+def test_a_model_that_is_written_as_it_is() -> None:
+    model = make_model(make_tokenizer(vocab_size=300))
+    weights = dict(model.named_parameters())
+    assert Writer(model).shapes == {}
+    assert as_written(weights, Writer(model)) is weights
+
+
+def test_a_part_of_the_experts(experts: tuple[Any, Path]) -> None:
+    model, folder = experts
+    expected = expected_model(str(folder))
+    name = "model.layers.1.mlp.experts.down_proj"
+    sent = as_written(
+        matched({name: model.get_parameter(name)}, expected, partial=True), expected.writer
+    )
+    assert list(sent) == [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(8)]
+    one = "model.layers.1.mlp.experts.3.down_proj.weight"
+    assert torch.equal(sent[one], model.get_parameter(name)[3])
+    assert list(matched({one: sent[one]}, expected, partial=True)) == [one]
+    with pytest.raises(WeightsError, match=r"it too: model\.layers\.1\.mlp\.experts\.3\.down"):
+        matched({name: model.get_parameter(name), one: sent[one]}, expected, partial=True)
+    with pytest.raises(WeightsError, match=r"has shape \(2, 2\); .* has \(64, 32\)"):
+        matched({one: torch.zeros(2, 2)}, expected, partial=True)
+
+
+class Counted(LazyWeights):
+    """Tells what was announced and made."""
+
+    def __init__(self, parts: Any) -> None:
+        super().__init__(parts)
+        self.announced: list[str] = []
+        self.made: list[str] = []
+
+    def announce(self, names: Any) -> None:
+        self.announced += names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.made.append(name)
+        return self.parts[name]
+
+
+@pytest.mark.parametrize("order", ["as they come", "backwards", "by turns"])
+def test_each_is_made_once_and_as_announced(experts: tuple[Any, Path], order: str) -> None:
+    """What is gathered by several ranks has to be looked up exactly in the order announced."""
+    model, folder = experts
+    source = Counted(dict(model.named_parameters()))
+    sent = CheckpointWeights(source, expected_model(str(folder)).writer)
+    names = list(sent)
+    if order == "backwards":
+        names.reverse()
+    elif order == "by turns":
+        names = [*names[::2], *names[1::2]]
+    for start in (0, 3):  # another time, as for the checksums after a push
+        source.announced, source.made = [], []
+        sent.announce(names[start:])
+        for name in names[start:]:
+            assert sent[name].shape == sent.parts[name].shape
+        assert source.made == source.announced
+        assert order == "by turns" or len(source.made) == len({*source.made})
+
+
+def test_a_probe_needs_the_models_names(experts: tuple[Any, Path]) -> None:
+    model, folder = experts
+    writer = expected_model(str(folder)).writer
+    weights = dict(model.named_parameters())
+    _check_names(model, weights)
+    with pytest.raises(VerificationError, match=r"has no model\.layers\.0\.mlp\.experts\.0"):
+        _check_names(model, as_written(weights, writer))
