@@ -13,7 +13,7 @@ from torchrl_sglang import RouterConfig, ServerConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.launch.cores import binding, divide_cores, usable_cores
 from torchrl_sglang.launch.process import redacted
-from torchrl_sglang.launch.router import router_argv
+from torchrl_sglang.launch.router import SERVE_ROUTER, router_argv
 from torchrl_sglang.launch.server import (
     CPU_SERVE,
     CPU_TOTAL_TOKENS,
@@ -630,7 +630,7 @@ def router(config: RouterConfig, api_key: str | None = "k") -> list[str]:
 
 def test_the_command_of_a_router() -> None:
     argv = router(RouterConfig(health_check_interval_s=7, extra_args={"log_level": "warn"}))
-    assert argv[:3] == ["/py", "-m", "sglang_router.launch_router"]
+    assert argv[:3] == ["/py", "-P", str(SERVE_ROUTER)]
     given = options(argv)
     assert given["--worker-urls"] == ["http://a", "http://b"]
     assert (given["--host"], given["--port"]) == (["127.0.0.1"], ["3000"])

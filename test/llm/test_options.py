@@ -18,6 +18,7 @@ from torchrl_sglang.errors import ConfigError, LaunchError, UnsupportedOptionErr
 from torchrl_sglang.launch.fleet import FleetPlan
 from torchrl_sglang.launch.options import SYNONYMS, KnownOptions, in_our_words
 from torchrl_sglang.launch.process import known_options
+from torchrl_sglang.launch.router import SERVE_ROUTER
 from torchrl_sglang.launch.server import CPU_SERVE
 
 PYTHON = SERVER_PYTHON or sys.executable
@@ -93,9 +94,22 @@ def test_every_option_of_the_server_is_known(known: dict[str, KnownOptions]) -> 
     assert names <= sglang.names  # what others' names are translated to
 
 
+def test_the_mini_load_balancer_is_the_routers_own() -> None:
+    """What is put in its place, until somebody asks for it, hands over to it."""
+    asked = subprocess.run(
+        [PYTHON, "-P", str(SERVE_ROUTER), "--mini-lb"],
+        capture_output=True,
+        text=True,
+        timeout=120.0,
+        check=False,
+    )
+    assert asked.returncode != 0
+    assert "MiniLB only supports PD disaggregation mode" in asked.stderr
+
+
 def test_every_option_of_the_router_is_known(known: dict[str, KnownOptions]) -> None:
     asked = subprocess.run(
-        [PYTHON, "-m", "sglang_router.launch_router", "--help"],
+        [PYTHON, "-P", str(SERVE_ROUTER), "--help"],
         capture_output=True,
         text=True,
         timeout=120.0,

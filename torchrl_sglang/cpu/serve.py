@@ -1,13 +1,16 @@
 """Runs ``sglang.launch_server`` with what it needs on a CPU-only machine.
 
 Started by path (``python -P .../cpu/serve.py --model-path ...``) under the engine's interpreter,
-so that the engine environment needs no ``torchrl_sglang``. The processes that SGLang spawns run
-this file again as ``__mp_main__`` and get the same; no other process does.
+so that the engine environment needs no ``torchrl_sglang``. SGLang's other processes are forked from
+this one: none of them has to import all of SGLang again, for 15 seconds of a core each, and they
+share its memory. It has no threads and has computed nothing by then. (SGLang itself spawns them,
+as GPUs demand. Where it does so here all the same, they run this file again as ``__mp_main__``.)
 """
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import runpy
 
@@ -26,5 +29,13 @@ install("standins")  # what is imported but not there
 install("pinning")  # what is called but can't be
 install("synchronizing")
 
+
+def fork() -> None:
+    """Has ``multiprocessing`` fork, whatever SGLang sets."""
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method = lambda method, force=False: None
+
+
 if __name__ == "__main__":
+    fork()
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)

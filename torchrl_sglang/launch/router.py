@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..config import RouterConfig
 from .server import flags
+
+SERVE_ROUTER = Path(__file__).parent / "serve_router.py"
 
 
 def router_argv(
@@ -43,4 +46,4 @@ def router_argv(
         "log_level": "info",
         **config.extra_args,
     }
-    return [python, "-m", "sglang_router.launch_router", *flags(options)]
+    return [python, "-P", str(SERVE_ROUTER), *flags(options)]
