@@ -44,13 +44,20 @@ TESTS=(
     test_weights.py
 )
 
-# The oldest supported one, some between, and the one that .venv has.
+# The oldest supported one, some between (0.5.21 is the first with update sessions), and the one that
+# .venv has.
 IN_VENV=$(sed -n 's/^sglang==//p' requirements/sglang-cpu.txt)
-VERSIONS=${VERSIONS:-0.5.15.post1 0.5.17 0.5.20 $IN_VENV}
+VERSIONS=${VERSIONS:-0.5.15.post1 0.5.17 0.5.20 0.5.21 0.5.22 $IN_VENV}
 
 # What a release asks for other than requirements/engine-cpu.txt. The rest of that list fits all.
 pins_of() {
-    echo transformers==5.12.1 tokenizers==0.22.2 xgrammar==0.2.1 openai==2.6.1
+    echo openai==2.6.1
+    case $1 in
+    0.5.22*) return ;;
+    0.5.21*) echo xgrammar==0.2.7 ;;
+    *) echo xgrammar==0.2.1 ;;
+    esac
+    echo transformers==5.12.1 tokenizers==0.22.2
     case $1 in
     0.5.15*) echo llguidance==0.7.30 ;;
     esac

@@ -265,3 +265,8 @@ def _rebuild(
     error.args = args
     error.__dict__.update(state)
     return error
+
+
+def count_of(number: int, thing: str) -> str:
+    """A number of things, for messages: "1 name", "2 names"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

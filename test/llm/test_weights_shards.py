@@ -152,10 +152,10 @@ def known(**changes: Any) -> str | None:
         ({"tp_size": 8}, None),
         ({"served": [*SERVED, HEAD]}, None),  # tied
         ({"served": [*SERVED, f"{MLP}experts.w13"]}, "not sent: model.layers.0.mlp.experts.w13"),
-        ({"served": SERVED[:-1]}, "parameters: model.norm.weight"),
-        ({"served": SERVED[:-1], "tp_size": 1}, "nothing of 1 parameters: model.norm.weight"),
+        ({"served": SERVED[:-1]}, "parameter: model.norm.weight"),
+        ({"served": SERVED[:-1], "tp_size": 1}, "nothing of 1 parameter: model.norm.weight"),
         ({"served": []}, "nothing of 13 parameters"),
-        ({"shapes": {"lm_head.weight": (300, 32)}}, "nothing of 1 parameters: lm_head.weight"),
+        ({"shapes": {"lm_head.weight": (300, 32)}}, "nothing of 1 parameter: lm_head.weight"),
         ({"family": "gpt_neox"}, "gpt_neox"),
         ({"family": None}, "None"),
         ({"heads": None}, "config"),

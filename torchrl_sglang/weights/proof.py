@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import VerificationError
+from ..errors import VerificationError, count_of
 from ..info import WorkerInfo
 from .checksum import RankChecksums, disagreements, expected_checksums, mismatches
 from .lazy import parts_of
@@ -96,7 +96,7 @@ class ChecksumProof:
                 urls = ", ".join(infos[index].url for index in group)
                 raise VerificationError(
                     f"after the same push, {urls} hold different values on rank {tp_rank} in "
-                    f"{len(names)} parameters: {shown(names)}."
+                    f"{count_of(len(names), 'parameter')}: {shown(names)}."
                 )
         return unproved
 

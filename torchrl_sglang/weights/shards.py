@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import count_of
+
 # A fused parameter of the server, and the parameters that it is made of, in order.
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -216,11 +218,12 @@ def why_unknown(
     theirs = _parts(server_names, shapes)
     strange = sorted(theirs - set(shapes))
     if strange:
-        return f"the servers hash {len(strange)} parameters that were not sent: {strange[0]}, ..."
+        return f"the servers hash {count_of(len(strange), 'parameter')} not sent: {strange[0]}, ..."
     missing = sorted(set(shapes) - theirs)
     if missing or not theirs:
         return (
-            f"the servers hash nothing of {len(missing)} parameters: {(missing or ['all'])[0]}, ..."
+            f"the servers hash nothing of {count_of(len(missing), 'parameter')}: "
+            f"{(missing or ['all'])[0]}, ..."
         )
     if tp_size == 1:
         return None

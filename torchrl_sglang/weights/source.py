@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from ..errors import WeightsError
+from ..errors import WeightsError, count_of
 from .expected import Expected
 from .merged import base_weights, has_adapters
 
@@ -311,7 +311,7 @@ def _are_finite(tensors: list[torch.Tensor]) -> list[bool]:
 
 def are(number: int, thing: str) -> str:
     """A number of things, and the verb: "1 name is", "2 names are"."""
-    return f"{number} {thing} is" if number == 1 else f"{number} {thing}s are"
+    return f"{count_of(number, thing)} {'is' if number == 1 else 'are'}"
 
 
 def shown(names: list[str]) -> str:
