@@ -21,6 +21,9 @@ NO_CHECKSUMS = Capabilities(update_session=True, checksum=False, cache_salt=True
 class Model(torch.nn.Module):
     config = Config
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return iter(make().items())
+
 
 def verifier(info: WorkerInfo, model: Any, method: Any = "auto") -> Verifier:
     config = WeightSyncConfig(verify_method=method)
