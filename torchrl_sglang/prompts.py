@@ -361,13 +361,13 @@ def _has_room(turn: Turn, rest: str, spec: PromptSpec) -> bool:
         return True
     given = spec.tokenizer_kwargs.get("max_length")
     most = spec.tokenizer.model_max_length if given is None else given
-    return len(turn.ids) + len(spec.chats.encode(rest)) <= int(most)
+    return len(turn.ids) + len(spec.chats.after(turn.ids, rest)) <= int(most)
 
 
 def _continued(text: str, turn: Turn, spec: PromptSpec) -> list[int]:
     """Ids of a text that goes on from a turn; what follows is no beginning, and has no BOS."""
     rest = text[turn.end_in(text, spec.special) :]
-    return [*turn.ids, *(spec.chats.encode(rest) if rest else [])]
+    return [*turn.ids, *spec.chats.after(turn.ids, rest)]
 
 
 def _truncated(texts: list[str], ids: Sequence[list[int]], spec: PromptSpec) -> list[str]:

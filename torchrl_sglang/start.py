@@ -79,6 +79,11 @@ def plan_fleet(
     )
 
 
+def expanded(name: Any) -> Any:
+    """A folder's name without its ``~``, which servers would not know; anything else as it is."""
+    return os.path.expanduser(name) if isinstance(name, str) else name
+
+
 def check_model(model_name: str) -> None:
     """Raises `ConfigError` where a name is a folder that is no model."""
     folder = Path(model_name).expanduser()
@@ -169,8 +174,10 @@ def start_managed(
     given = {"num_replicas": 1, **options}
     own = {name: given.pop(name) for name in START_OPTIONS if name in given}
     sizes = {name: given.pop(name) for name in SIZES if name in given}
+    if "tokenizer_path" in given:
+        given["tokenizer_path"] = expanded(given["tokenizer_path"])
     server = ServerConfig(
-        model_path=model_path,
+        model_path=expanded(model_path),
         device=choose_device(own.get("device")),
         api_key=keys.api_key,
         admin_api_key=keys.admin_api_key,

@@ -630,7 +630,7 @@ def router(config: RouterConfig, api_key: str | None = "k") -> list[str]:
 
 def test_the_command_of_a_router() -> None:
     argv = router(RouterConfig(health_check_interval_s=7, extra_args={"log_level": "warn"}))
-    assert argv[:3] == ["/py", "-P", str(SERVE_ROUTER)]
+    assert argv[:2] == ["/py", str(SERVE_ROUTER)]
     given = options(argv)
     assert given["--worker-urls"] == ["http://a", "http://b"]
     assert (given["--host"], given["--port"]) == (["127.0.0.1"], ["3000"])

@@ -97,7 +97,7 @@ def test_every_option_of_the_server_is_known(known: dict[str, KnownOptions]) -> 
 def test_the_mini_load_balancer_is_the_routers_own() -> None:
     """What is put in its place, until somebody asks for it, hands over to it."""
     asked = subprocess.run(
-        [PYTHON, "-P", str(SERVE_ROUTER), "--mini-lb"],
+        [PYTHON, str(SERVE_ROUTER), "--mini-lb"],
         capture_output=True,
         text=True,
         timeout=120.0,
@@ -109,7 +109,7 @@ def test_the_mini_load_balancer_is_the_routers_own() -> None:
 
 def test_every_option_of_the_router_is_known(known: dict[str, KnownOptions]) -> None:
     asked = subprocess.run(
-        [PYTHON, "-P", str(SERVE_ROUTER), "--help"],
+        [PYTHON, str(SERVE_ROUTER), "--help"],
         capture_output=True,
         text=True,
         timeout=120.0,

@@ -14,6 +14,7 @@ from worker_infos import worker_info
 
 from torchrl_sglang.errors import TopologyError, WeightsError
 from torchrl_sglang.info import WorkerInfo
+from torchrl_sglang.weights.checkpoint import Writer
 from torchrl_sglang.weights.expected import Expected
 from torchrl_sglang.weights.payload import Payloads
 from torchrl_sglang.weights.plan import (
@@ -226,7 +227,10 @@ def test_a_transposed_weight_is_sent_in_its_own_order() -> None:
 
 def expected(dtype: torch.dtype) -> Expected:
     none: frozenset[str] = frozenset()
-    return Expected(model_path="/m", parameters={}, tied={}, buffers=none, dtype=dtype)
+    writer = Writer(torch.nn.Module())
+    return Expected(
+        model_path="/m", parameters={}, tied={}, buffers=none, dtype=dtype, writer=writer
+    )
 
 
 @pytest.mark.parametrize(

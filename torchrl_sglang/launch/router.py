@@ -46,4 +46,4 @@ def router_argv(
         "log_level": "info",
         **config.extra_args,
     }
-    return [python, "-P", str(SERVE_ROUTER), *flags(options)]
+    return [python, str(SERVE_ROUTER), *flags(options)]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2 import TemplateError
 from torchrl.data.llm import History
 
 from ..errors import InputError
-from .media import for_template, has_parts
+from .media import for_template, has_parts, text_of
 from .spans import Span, assistant_spans, marked_tokens
 from .turns import (
-    SENTINEL,
+    TEMPLATE_ERRORS,
     Message,
     SpecialTokens,
     Turn,
@@ -22,6 +22,7 @@ from .turns import (
     continued,
     last_answer,
     says_the_same,
+    sentinel_for,
 )
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what an assistant writes
@@ -51,9 +52,11 @@ class ChatFormat:
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """One chat as text that an answer is to follow."""
-        if self.is_begun(messages):
-            return self._render(messages, continue_final_message=True)
-        return self.render(messages, True)
+        if not self.is_begun(messages):
+            return self.render(messages, True)
+        if not text_of(messages[-1]["content"]).strip():  # of which Hugging Face would strip more
+            return self.render(messages[:-1], True)
+        return self._render(messages, continue_final_message=True)
 
     def closing(self, messages: Sequence[Message]) -> str:
         """What the template writes after the assistant's message that ends a chat; else nothing."""
@@ -80,6 +83,24 @@ class ChatFormat:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def after(self, ids: Sequence[int], text: str) -> list[int]:
+        """Ids of text that goes on behind others.
+
+        Tokenizers of SentencePiece's kind write a space before what begins a text, which this does
+        not.
+        """
+        if not text or not self._writes_space_first:
+            return self.encode(text) if text else []
+        anchor = "\n"
+        if ids and ids[-1] in self.special.ids:
+            anchor = self.tokenizer.decode([ids[-1]], skip_special_tokens=False)
+        head, whole = self.encode(anchor), self.encode(anchor + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self.encode(text)
+
+    @functools.cached_property
+    def _writes_space_first(self) -> bool:
+        return self.encode("\nx") != [*self.encode("\n"), *self.encode("x")]
+
 
 class Chats:
     """The chats of one batch.
@@ -95,7 +116,8 @@ class Chats:
     def __init__(self, history: History, how: ChatFormat) -> None:
         self._how = how
         self.messages: list[list[Message]] = [
-            _messages(row, index) for index, row in enumerate(history.unbind(0))
+            self._with_contents(_messages(row, index))
+            for index, row in enumerate(history.unbind(0))
         ]
         self._check_parts()
 
@@ -103,25 +125,54 @@ class Chats:
     def begun(self) -> list[str | None]:
         """What the last message of each chat says where it is to be continued."""
         return [
-            str(messages[-1]["content"]) if self._how.is_begun(messages) else None
+            text_of(messages[-1]["content"]) if self._how.is_begun(messages) else None
             for messages in self.messages
         ]
 
     def _check_parts(self) -> None:
         """Raises `InputError` for a content that is a list where the template writes strings."""
-        if not any(has_parts(message) for messages in self.messages for message in messages):
-            return
-        parts = [{"type": "text", "text": SENTINEL}]
+        roles: set[str] = set()
+        for messages in self.messages:
+            for index, message in enumerate(messages):
+                if has_parts(message) and message["role"] not in roles:
+                    roles.add(message["role"])
+                    if not self._writes_parts(messages, index):
+                        raise InputError(
+                            f"the content of a message ({message['role']}) is a list of parts, and "
+                            "the chat template writes strings only there: give text as a string; "
+                            "images, videos and audio need a model that reads them, and its "
+                            "template."
+                        )
+
+    def _writes_parts(self, messages: Sequence[Message], index: int) -> bool:
+        sentinel = sentinel_for(messages)
+        other = {**messages[index], "content": [{"type": "text", "text": sentinel}]}
         try:
-            written = self._how.render([{"role": "user", "content": parts}], False)
-        except (TypeError, ValueError, TemplateError):  # as when it joins a list to a string
-            written = ""
-        if SENTINEL not in written or "'" + SENTINEL in written:  # the list as Python writes it
-            raise InputError(
-                "the content of a message is a list of parts, and the chat template writes strings "
-                "only: give text as a string; images, videos and audio need a model that reads "
-                "them, and its template."
-            )
+            written = self._how.render([*messages[:index], other, *messages[index + 1 :]], False)
+        except TEMPLATE_ERRORS:  # as when it joins a list to a string
+            return False
+        return sentinel in written and "'" + sentinel not in written  # the list as Python writes it
+
+    def _with_contents(self, messages: list[Message]) -> list[Message]:
+        """A chat with empty contents where it has none, unless its template asks for none.
+
+        Of a message with calls: templates may branch on that, but others write "None".
+        """
+        if all(message["content"] is not None for message in messages):
+            return messages
+        filled = [
+            message if message["content"] is not None else {**message, "content": ""}
+            for message in messages
+        ]
+        try:
+            written = self._how.render(messages, False)
+        except TEMPLATE_ERRORS:
+            return filled
+        try:
+            other = self._how.render(filled, False)
+        except TEMPLATE_ERRORS:
+            return messages
+        return filled if written.count("None") > other.count("None") else messages
 
     def texts(self, *, add_generation_prompt: bool) -> list[str]:
         """Every chat as text.
@@ -139,7 +190,7 @@ class Chats:
             raise InputError(f"the chat of row {index} has no message.")
         try:
             return self._how.prompt(messages) if prompt else self._how.render(messages, False)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except TEMPLATE_ERRORS as error:
             raise InputError(
                 f"the chat template can't write the chat of row {index}: "
                 f"{type(error).__name__}: {error}"
@@ -173,7 +224,9 @@ class Chats:
         how, answer = self._how, last_answer(messages)
         end = turn.end_in(text, how.special)
         if answer is None or how.is_begun(messages):
-            return how.encode(text) if end is None else [*turn.ids, *how.encode(text[end:])]
+            return (
+                how.encode(text) if end is None else [*turn.ids, *how.after(turn.ids, text[end:])]
+            )
         return continued(
             turn,
             messages,
@@ -181,6 +234,7 @@ class Chats:
             text,
             render=how.render,
             encode=how.encode,
+            after=how.after,
             special=how.special,
         )
 
@@ -243,7 +297,7 @@ class Chats:
 
 
 def _messages(row: History, index: int) -> list[Message]:
-    """The messages of one chat; a content that is missing is an empty one."""
+    """The messages of one chat; a content that is missing is an empty one, but beside calls."""
     messages: list[Message] = []
     for message in row.view(-1).tolist(tolist_first=True):
         role = message.get("role")
@@ -252,5 +306,6 @@ def _messages(row: History, index: int) -> list[Message]:
         if not isinstance(role, str):
             raise InputError(f"a message in the chat of row {index} has no role: {message!r:.200}.")
         content = message.get("content")
-        messages.append({**message, "content": "" if content is None else content})
+        missing = None if message.get("tool_calls") else ""
+        messages.append({**message, "content": missing if content is None else content})
     return messages

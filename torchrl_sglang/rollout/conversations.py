@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -199,11 +200,18 @@ def _read(step: TensorDictBase, keys: _Keys) -> _Turn:
 
 
 def _rewards(steps: Sequence[TensorDictBase], keys: _Keys) -> list[torch.Tensor]:
-    """The reward of each turn; of rewards per token, whose number differs, the sum ``[1]``."""
+    """The reward of each turn; of rewards per token the sum ``[1]``."""
     rewards = [_required(step, keys.reward) for step in steps]
-    if len({reward.shape for reward in rewards}) == 1:
+    alike = len({reward.shape for reward in rewards}) == 1
+    if alike and not all(map(_is_per_token, steps, rewards, itertools.repeat(keys))):
         return rewards
     return [reward.sum().view(1) for reward in rewards]
+
+
+def _is_per_token(step: TensorDictBase, reward: torch.Tensor, keys: _Keys) -> bool:
+    """Whether there is one for each sampled token of a turn, or for each that it has."""
+    mask = _required(step, below(keys.masks, "all_assistant_mask"))
+    return reward.ndim > 0 and reward.shape[0] in (int(mask.sum()), mask.numel())
 
 
 def _row(

@@ -98,6 +98,13 @@ def _for_template(part: Mapping[str, Any]) -> Mapping[str, Any]:
     return part
 
 
+def text_of(content: Any) -> str:
+    """What a content says in words."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(str(part.get("text") or "") for part in _parts(content))
+
+
 def _parts(content: Any) -> Sequence[Mapping[str, Any]]:
     if isinstance(content, Mapping):
         return [content]

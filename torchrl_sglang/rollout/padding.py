@@ -121,7 +121,7 @@ def prompt_masks(
     masks_key: NestedKey | None,
     plain_key: NestedKey | None,
 ) -> list[torch.Tensor | None]:
-    """The mask of each prompt.
+    """The mask of each prompt: the one under the caller's own key where both fit and differ.
 
     An environment that begins anew may leave the masks of the turn before, and they may have the
     new prompt's length by chance. They are known by what they would leave out: padding is one id.
@@ -129,13 +129,13 @@ def prompt_masks(
     masks = attention_masks(td, masks_key, None)
     plain = attention_masks(td, None, plain_key)
     return [
-        mask if mask is not None and _leaves_out_one_id(row.ids, mask) else other
+        mask if _fits(row.ids, mask) and not _fits(row.ids, other) else other
         for row, mask, other in zip(rows, masks, plain, strict=True)
     ]
 
 
-def _leaves_out_one_id(row: torch.Tensor, mask: torch.Tensor) -> bool:
-    if mask.shape != row.shape:
+def _fits(row: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    if mask is None or mask.shape != row.shape:
         return False
     left_out = row[~mask.cpu().bool()]
     return bool((left_out == left_out[:1]).all())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ..errors import InputError
-from .turns import SENTINEL, Message, Render, SpecialTokens, num_shared
+from .turns import TEMPLATE_ERRORS, Message, Render, SpecialTokens, num_shared, sentinel_for
 
 Span = tuple[int, int]  # characters from the first up to the second
 
@@ -24,18 +22,19 @@ def assistant_spans(
     Raises:
         InputError: the template writes nothing of a message that says something.
     """
-    spans = []
+    spans: list[Span] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        span = _span(messages, index, text, render)
+        floor = spans[-1][1] if spans else 0
+        span = _span(messages, index, text, render, special, floor)
         if span is not None:
-            spans.append((span[0], _with_ending(messages, index, text, span[1], render, special)))
+            spans.append(span)
         elif _says_something(message):
             raise InputError(
-                f"the chat template writes nothing of message {index}, which is the assistant's: "
-                "none of its tokens would be marked as the assistant's. Use a template that writes "
-                "it, or leave the message out."
+                f"the chat template writes nothing of message {index}, which is the assistant's, "
+                "or nothing that can be told from the rest: its tokens would not be marked as the "
+                "assistant's. Use a template that writes it, or leave the message out."
             )
     return spans
 
@@ -44,24 +43,82 @@ def _says_something(message: Message) -> bool:
     return any(value for name, value in message.items() if name not in ("role", "is_complete"))
 
 
-def _span(messages: Sequence[Message], index: int, text: str, render: Render) -> Span | None:
-    """Where the text of a message is; None where the template leaves the message out."""
-    for mark in _marks(messages[index]):
-        try:
-            other = render([*messages[:index], mark, *messages[index + 1 :]], False)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
-            continue  # a template may want the calls that an answer of a tool belongs to
-        if SENTINEL in other:
-            start = num_shared(text, other)
-            end = len(text) - num_shared(text[::-1], other[::-1])
-            if start <= end:
-                return start, end
+def _span(
+    messages: Sequence[Message],
+    index: int,
+    text: str,
+    render: Render,
+    special: SpecialTokens,
+    floor: int,
+) -> Span | None:
+    """Where a message is, from ``floor`` on; None where the template leaves the message out."""
+    sentinel = sentinel_for(messages)
+    before, after = messages[:index], messages[index + 1 :]
+    for mark in _marks(messages[index], sentinel):
+        other = _rendered(render, [*before, mark, *after])
+        if other is None or other == text or (mark["content"] and sentinel not in other):
+            continue
+        start = num_shared(text, other)
+        end = len(text) - num_shared(text[::-1], other[::-1])
+        called = bool(mark.get("tool_calls"))
+        if called:
+            # What closes a call closes the other too, and an answer of a tool may name its call.
+            end = _end_alone(messages, index, text, render) or end
+        # Words in the place of a call may have the template write what comes before otherwise.
+        if not floor <= start <= end or (called and start == end):
+            continue
+        if not called:
+            end = _with_ending(messages, index, text, end, render, special)
+        return _from_where_asked(before, text, start, render, called=called), end
     return None
 
 
-def _marks(message: Message) -> list[Message]:
-    """What can stand in the place of a message: an answer in words, or one with its calls."""
-    return [{"role": "assistant", "content": SENTINEL}, {**message, "content": SENTINEL}]
+def _marks(message: Message, sentinel: str) -> list[Message]:
+    """What can stand in the place of a message: an answer in words, or one with other calls."""
+    marks: list[Message] = [{"role": "assistant", "content": sentinel}]
+    if message.get("tool_calls"):
+        calls = _others(message["tool_calls"], sentinel)
+        marks.append({**message, "content": sentinel, "tool_calls": calls})
+        marks.append({**message, "content": None, "tool_calls": calls})
+    return marks
+
+
+def _others(value: Any, sentinel: str, name: str = "") -> Any:
+    """Calls of the same shape, of which every name and argument is another."""
+    if isinstance(value, Mapping):
+        if name == "arguments":
+            return {sentinel: sentinel}
+        return {key: _others(each, sentinel, key) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_others(each, sentinel) for each in value]
+    return sentinel if name in ("name", "arguments") else value
+
+
+def _rendered(render: Render, messages: Sequence[Message], asking: bool = False) -> str | None:
+    """A chat as text; None where the template fails on it."""
+    try:
+        return render(messages, asking)
+    except TEMPLATE_ERRORS:  # it may want the calls that an answer of a tool belongs to
+        return None
+
+
+def _from_where_asked(
+    before: Sequence[Message], text: str, start: int, render: Render, *, called: bool
+) -> int:
+    """Where an answer begins that has white space before it which its prompt had not.
+
+    Of one with calls all that follows the prompt is its own, as the name that two may share.
+    """
+    asked = _rendered(render, before, True) if before else None
+    if asked is None or not text.startswith(asked) or len(asked) > start:
+        return start
+    return len(asked) if called or text[len(asked) : start].isspace() else start
+
+
+def _end_alone(messages: Sequence[Message], index: int, text: str, render: Render) -> int:
+    """Where a message ends in a chat that goes on as it does where the message is the last."""
+    upto = _rendered(render, messages[: index + 1])
+    return len(upto.rstrip()) if upto is not None and text.startswith(upto.rstrip()) else 0
 
 
 def _with_ending(
@@ -73,11 +130,9 @@ def _with_ending(
     special: SpecialTokens,
 ) -> int:
     """Where a message ends that the template closes, as with an EOS."""
-    try:
-        alone = render([*messages[:index], {"role": "assistant", "content": SENTINEL}], False)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
-        alone = ""
-    closing = alone.rpartition(SENTINEL)[2].rstrip() if SENTINEL in alone else ""
+    sentinel = sentinel_for(messages)
+    alone = _rendered(render, [*messages[:index], {"role": "assistant", "content": sentinel}]) or ""
+    closing = alone.rpartition(sentinel)[2].rstrip() if sentinel in alone else ""
     if closing and text.startswith(closing, end):
         return end + len(closing)
     return end + max((len(s) for s in special.texts if text.startswith(s, end)), default=0)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jinja2 import TemplateError
+
 MAX_TOKENS_KEPT = 1 << 24  # 64 MiB of 4-byte ids
 MAX_SEARCHES = 64  # each takes off a text what it shares with none; more are made up, not chats
 
@@ -25,7 +27,17 @@ Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
 Encode = Callable[[str], list[int]]
 
-SENTINEL = "\u241f\u241e\u241f"  # what no chat contains; it has no case, and nothing to trim
+SENTINEL = "\u241f\u241e\u241f"  # it has no case, and nothing to trim; see `sentinel_for`
+# What a template can fail with: it is a program.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +178,10 @@ class TurnMemory:
 
     def with_tokens(self, ids: Sequence[int]) -> Turn | None:
         """The turn of these tokens, if it is remembered."""
-        name = _name(array("I", ids))
+        try:
+            name = _name(array("I", ids))
+        except OverflowError:  # no ids, which whoever is sent them says
+            return None
         with self._lock:
             return self._used(name)
 
@@ -215,7 +230,7 @@ def chat_key(messages: Sequence[Message]) -> Hashable:
             (name, _hashable(value))
             for name, value in message.items()
             # An environment and a policy need not agree on what is complete; no template writes it.
-            if name != "is_complete" and value not in (None, [])
+            if name != "is_complete" and value not in (None, [], "")
         )
         for message in messages
     )
@@ -241,6 +256,7 @@ def continued(
     *,
     render: Render,
     encode: Encode,
+    after: Callable[[Sequence[int], str], list[int]],
     special: SpecialTokens,
 ) -> list[int]:
     """Ids of a prompt that begins with a finished turn, whose tokens stay as they are.
@@ -252,17 +268,18 @@ def continued(
         prompt_text: the whole chat, rendered.
         render: renders messages, with or without a generation prompt at the end.
         encode: tokenises text without adding special tokens.
+        after: tokenises text that goes on behind ids.
         special: the tokenizer's special tokens.
     """
-    end = turn.end_in(prompt_text, special)
-    if end is None:
-        rest = after_answer(messages, answer, render)
-        if rest is None:  # the template leaves the answer out
-            return encode(prompt_text)
+    rest = after_answer(messages, answer, render)
+    if rest is not None:
         rest = rest[_num_written(turn.cut, rest, 0, special) :]
-    else:
+    else:  # the template leaves the answer out, or wants the calls that it has
+        end = turn.end_in(prompt_text, special)
+        if end is None:
+            return encode(prompt_text)
         rest = prompt_text[end:]
-    return [*turn.ids, *encode(rest)] if rest else list(turn.ids)
+    return [*turn.ids, *after(turn.ids, rest)]
 
 
 def says_the_same(
@@ -297,7 +314,23 @@ def after_answer(
         answer: index of the message.
         render: renders messages, with or without a generation prompt at the end.
         asking: whether another answer is asked for at the end.
+
+    Returns:
+        None where the template writes no answer of words there.
     """
-    marked = [*messages[:answer], {"role": "assistant", "content": SENTINEL}]
-    _, found, rest = render([*marked, *messages[answer + 1 :]], asking).rpartition(SENTINEL)
+    sentinel = sentinel_for(messages)
+    marked = [*messages[:answer], {"role": "assistant", "content": sentinel}]
+    try:
+        text = render([*marked, *messages[answer + 1 :]], asking)
+    except TEMPLATE_ERRORS:  # it may want the calls that an answer of a tool belongs to
+        return None
+    _, found, rest = text.rpartition(sentinel)
     return rest if found else None
+
+
+def sentinel_for(messages: Sequence[Message]) -> str:
+    """What no message contains, to stand in the place of one."""
+    said, sentinel = repr(messages), SENTINEL
+    while sentinel in said:
+        sentinel += SENTINEL
+    return sentinel

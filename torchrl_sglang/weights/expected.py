@@ -37,6 +37,11 @@ class Expected:
         """Shapes by the checkpoint's names, of what it has in place of some of the parameters."""
         return {name: size for sizes in self.writer.shapes.values() for name, size in sizes.items()}
 
+    @property
+    def names(self) -> set[str]:
+        """Names of all parameters as the checkpoint has them."""
+        return (self.parameters.keys() - self.writer.shapes.keys()) | self.written.keys()
+
     def shape_of(self, name: str) -> torch.Size:
         """Shape of a parameter, or of what the checkpoint has in its place; either by its name."""
         found = self.parameters.get(self.tied.get(name, name))

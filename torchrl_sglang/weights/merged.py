@@ -97,7 +97,9 @@ def tuned_layers(module: nn.Module) -> dict[int, Any]:
         id(parameter): layer
         for layer in base_model(module).modules()
         if isinstance(layer, BaseTunerLayer)
-        for parameter in layer.get_base_layer().parameters(recurse=False)
+        for name, parameter in layer.get_base_layer().named_parameters(recurse=False)
+        # One that wraps a parameter, as of experts, merges into that alone; others wrap the rest.
+        if getattr(layer, "parameter_name", name) == name
     }
 
 

@@ -99,7 +99,8 @@ def make_plan(
     if sharded is not None:
         model = None
     sent = as_written(weights, expected.writer)
-    verifier = Verifier(config, infos, sent, dtype, model, partial=partial)
+    whole = () if not partial else expected.names
+    verifier = Verifier(config, infos, sent, dtype, model, partial=partial, whole=whole)
     if verifies:
         verifier.refuse_impossible()
         if copy:

@@ -8,6 +8,7 @@ checkpoint's. Source: the weight loaders of SGLang's ``srt/layers/linear.py``,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ FUSED = {
 }
 # Of all the experts of a layer, or those that a rank has: theirs one after the other.
 EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
+EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 KEY_VALUE = ("k_proj", "v_proj")
 ROW_PARALLEL = (".o_proj.weight", ".down_proj.weight")  # divided by columns
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -118,10 +120,18 @@ def _of_experts(prefix: str, parts: Sequence[str], known: Collection[str]) -> li
     return found
 
 
-def without_siblings(names: Iterable[str]) -> list[str]:
-    """Names that servers fuse with others, of which not all are there."""
+def without_siblings(names: Iterable[str], whole: Iterable[str] = ()) -> list[str]:
+    """Names that servers fuse with others, of which not all are there.
+
+    Args:
+        names: what was sent.
+        whole: all that there is of the model.
+    """
     known = set(names)
+    lacking = {match[1] for name in {*whole} - known if (match := EXPERT.match(name))}
     return sorted(
+        name for name in known if (match := EXPERT.match(name)) and match[1] in lacking
+    ) or sorted(
         name
         for name in known
         for parts in FUSED.values()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +43,7 @@ class Verifier:
         dtype: dtype in which the servers hold it.
         model: the trainer's model, for the probe.
         partial: ``weights`` are a part of the model.
+        whole: the names of all that the checkpoint has, where they may be a part.
 
     Attributes:
         verified_by: ``"checksum"``, ``"probe"``, or ``"nothing"`` so far.
@@ -57,8 +58,10 @@ class Verifier:
         model: nn.Module | None,
         *,
         partial: bool = False,
+        whole: Collection[str] = (),
     ) -> None:
         self._config = config
+        self._whole = whole
         self._partial = partial
         self._infos = infos
         self._weights = weights
@@ -110,9 +113,14 @@ class Verifier:
 
     def _why_unprovable(self, info: WorkerInfo) -> str | None:
         shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(self._weights).items()}
-        if self._partial and (lone := without_siblings(shapes)):
-            return f"it fuses {lone[0]} with parameters that are not sent along"
+        if lone := self._lone():
+            return lone
         return why_unprovable(info, shapes, self._config_of(info))
+
+    def _lone(self) -> str | None:
+        if self._partial and (lone := without_siblings(parts_of(self._weights), self._whole)):
+            return f"it fuses {lone[0]} with parameters that are not sent along"
+        return None
 
     def prepare(self) -> None:
         """Computes what the trainer's model says of the probe, if the probe may be needed.
@@ -155,6 +163,9 @@ class Verifier:
             PushError: a server did not answer.
         """
         if self._config.verify_method not in ("auto", "checksum") or not self._checksums_exist:
+            return
+        if lone := self._lone():
+            self._unproved = f"Checksums prove nothing of {self._infos[0].url}: {lone}."
             return
         within_s = timeout_s or engines.timeout_s
         given = engines.collect("verify", lambda w: ask_checksums(w, within_s), within_s)
