@@ -16,6 +16,7 @@ from .config import Timeouts
 from .errors import (
     ConfigError,
     ConnectError,
+    NoWorkersError,
     RequestRefusedError,
     RequestTimeoutError,
     ServerFailedError,
@@ -100,12 +101,15 @@ def retried(call: Callable[[], T], within_s: float) -> T:
     """The result of ``call``, made again while the connection or the server fails.
 
     Raises:
+        NoWorkersError: at once; no other try helps.
         ServerFailedError, ConnectError: it still failed after ``within_s``.
     """
     give_up, attempt = time.monotonic() + within_s, 1
     while True:
         try:
             return call()
+        except NoWorkersError:
+            raise
         except (ServerFailedError, ConnectError):
             if time.monotonic() + backoff_s(attempt) > give_up:
                 raise

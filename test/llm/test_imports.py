@@ -128,7 +128,7 @@ def test_the_columns_do_not_blur(modules: list[str], forbidden: list[str]) -> No
         ("urllib.request", []),
         ("urllib3", []),
         ("subprocess", ["launch.process", "launch.guard"]),
-        ("multiprocessing", ["cpu.serve"]),
+        ("multiprocessing", ["cpu.forking"]),
         ("torch.distributed", ["weights.collective"]),
         ("torch._C._distributed_c10d", ["weights.collective"]),
         (

@@ -351,6 +351,9 @@ def test_when_every_server_died(replicas: AsyncSGLang) -> None:
     replicas.refresh()
     with pytest.raises(NoWorkersError, match="restart_workers"):
         replicas.generate([5, 6], SAMPLING)
+    replicas._local.others_push = True  # so that the servers have to be asked
+    with pytest.raises(NoWorkersError, match="restart_workers"):
+        replicas.generate([5, 6], SAMPLING)
     assert time.monotonic() - begun < 2.0
     with pytest.raises(ConnectError, match="nothing answers"):
         external(replicas)

@@ -379,7 +379,7 @@ def test_every_ending(
         options["logit_bias"] = {tokenizer.eos_token_id: options["logit_bias"]}
     policy = SGLangWrapper(service, input_mode=mode, tokenizer=tokenizer, generate_kwargs=options)
     sent = recorded(policy)
-    dialogs = dialogs_of(make_env(tokenizer, mode, QUESTIONS[:4]).rollout(3, policy))
+    dialogs = dialogs_of(make_env(tokenizer, mode, QUESTIONS[:4] * 3).rollout(3, policy))
     # A text can't tell of an answer that has no text.
     silent = mode == "text" and bool(
         options.get("skip_special_tokens") or options.get("no_stop_trim") is False
@@ -975,6 +975,7 @@ def test_tokens_of_a_prompt_that_goes_on() -> None:
         prompt,
         render=render,
         encode=encode,
+        after=lambda ids, text: encode(text),
         special=SpecialTokens(),
     )
     assert ids == [1, 2, 3, *encode("][user:r][assistant:")]
