@@ -49,12 +49,23 @@ class Row:
 
 def values_of(td: TensorDictBase, key: NestedKey) -> list[Any]:
     """One value per row, None where a row lacks the key."""
-    if isinstance(td, LazyStackedTensorDict):  # rows need not have the same keys
-        return [row.get(key, None) for row in td.unbind(0)]
-    value = td.get(key, None, as_list=True)  # a list where a part is stacked lazily
-    if value is None:
-        return [None] * td.batch_size[0]
-    return value if isinstance(value, list) else list(value.unbind(0))
+    value = _value_of(td, key)
+    if isinstance(value, list):
+        return value
+    # What is no tensor is one for all rows, None as well.
+    return list(value.unbind(0)) if hasattr(value, "unbind") else [value] * td.batch_size[0]
+
+
+def _value_of(td: TensorDictBase, key: NestedKey) -> Any:
+    """What is under a key; a list of rows where a part is stacked lazily."""
+    names = key if isinstance(key, tuple) else (key,)
+    part: Any = td
+    for index, name in enumerate(names):
+        # Such rows need not have the same keys, nor shapes.
+        if isinstance(getattr(part, "_tensordict", part), LazyStackedTensorDict):
+            return [row.get(names[index:], None) for row in part.unbind(0)]
+        part = part.get(name, None) if hasattr(part, "get") else None
+    return part
 
 
 def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
@@ -92,9 +103,7 @@ def _told(td: TensorDictBase, key: NestedKey) -> list[bool]:
 
 def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:
     """Whether rows are held in one tensor, which makes them equally long."""
-    if isinstance(td, LazyStackedTensorDict):
-        return False
-    value = td.get(key, None, as_list=True)
+    value = _value_of(td, key)
     return isinstance(value, torch.Tensor) and not value.is_nested
 
 
