@@ -94,27 +94,21 @@ def test_every_option_of_the_server_is_known(known: dict[str, KnownOptions]) -> 
     assert names <= sglang.names  # what others' names are translated to
 
 
+def run_router(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [PYTHON, str(SERVE_ROUTER), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120.0, check=False)
+
+
 def test_the_mini_load_balancer_is_the_routers_own() -> None:
     """What is put in its place, until somebody asks for it, hands over to it."""
-    asked = subprocess.run(
-        [PYTHON, str(SERVE_ROUTER), "--mini-lb"],
-        capture_output=True,
-        text=True,
-        timeout=120.0,
-        check=False,
-    )
+    asked = run_router("--mini-lb")
     assert asked.returncode != 0
     assert "MiniLB only supports PD disaggregation mode" in asked.stderr
 
 
 def test_every_option_of_the_router_is_known(known: dict[str, KnownOptions]) -> None:
-    asked = subprocess.run(
-        [PYTHON, str(SERVE_ROUTER), "--help"],
-        capture_output=True,
-        text=True,
-        timeout=120.0,
-        check=True,
-    )
+    asked = run_router("--help")
+    asked.check_returncode()
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9-]+)", asked.stdout)}
     assert {"policy", "worker_urls", "log_level"} <= flags
     known["sglang_router"].checked(dict.fromkeys(flags - {"help"}, 1), "the router")

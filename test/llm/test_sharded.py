@@ -9,7 +9,7 @@ import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
 from servers import CPU_SERVER_ARGS, worst_error
-from two_ranks import in_ranks, trained
+from two_ranks import in_ranks, moved, trained
 
 from torchrl_sglang import AsyncSGLang
 from torchrl_sglang.weights.sharded import ShardedWeights
@@ -24,14 +24,8 @@ def test_both_ranks_gather_and_one_pushes(
     assert first == {"verified_by": "checksum", "buckets": first["buckets"]}
     assert first["buckets"] > 3
     assert second == {}
-    model.float()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise * 0.1 * parameter.std())
     completions = service.generate(PROMPTS, {"max_new_tokens": 24, "ignore_eos": True})
-    assert worst_error(model.bfloat16(), PROMPTS, completions) < 0.02
+    assert worst_error(moved(model), PROMPTS, completions) < 0.02
 
 
 def test_what_is_wrong_is_said_on_both_ranks(service: AsyncSGLang, model_path: Any) -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
+import torch
+
 from torchrl_sglang import AsyncSGLang
 from torchrl_sglang.launch.ports import PortReservation
 
@@ -81,6 +83,16 @@ def in_ranks(script: str, *argv: str, timeout_s: float = 90.0) -> list[dict[str,
                 rank.kill()
     assert all(out for out, _ in told_us), [err[-3000:] for _, err in told_us]
     return [json.loads(out.splitlines()[-1]) for out, _ in told_us]
+
+
+@torch.no_grad()
+def moved(model: Any) -> Any:
+    """A model with the weights that `TRAINER` gives it, in bfloat16."""
+    model.float()
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1 * parameter.std())
+    return model.bfloat16()
 
 
 def trained(service: AsyncSGLang, path: Any, what: str = "") -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ SGLang: ten seconds and 500 MB, at every start. Here that is imported once it is
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 import types
@@ -16,8 +17,6 @@ MINI_LB = "sglang_router.mini_lb"
 
 def mini_load_balancer(router_args: object) -> object:
     """The real one."""
-    import importlib
-
     del sys.modules[MINI_LB]
     return importlib.import_module(MINI_LB).MiniLoadBalancer(router_args)
 

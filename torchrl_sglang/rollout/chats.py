@@ -21,6 +21,7 @@ from .turns import (
     after_answer,
     continued,
     last_answer,
+    rendered,
     says_the_same,
     sentinel_for,
 )
@@ -147,10 +148,8 @@ class Chats:
     def _writes_parts(self, messages: Sequence[Message], index: int) -> bool:
         sentinel = sentinel_for(messages)
         other = {**messages[index], "content": [{"type": "text", "text": sentinel}]}
-        try:
-            written = self._how.render([*messages[:index], other, *messages[index + 1 :]], False)
-        except TEMPLATE_ERRORS:  # as when it joins a list to a string
-            return False
+        chat = [*messages[:index], other, *messages[index + 1 :]]
+        written = rendered(self._how.render, chat) or ""
         return sentinel in written and "'" + sentinel not in written  # the list as Python writes it
 
     def _with_contents(self, messages: list[Message]) -> list[Message]:
@@ -164,15 +163,12 @@ class Chats:
             message if message["content"] is not None else {**message, "content": ""}
             for message in messages
         ]
-        try:
-            written = self._how.render(messages, False)
-        except TEMPLATE_ERRORS:
+        written = rendered(self._how.render, messages)
+        if written is None:
             return filled
-        try:
-            other = self._how.render(filled, False)
-        except TEMPLATE_ERRORS:
-            return messages
-        return filled if written.count("None") > other.count("None") else messages
+        other = rendered(self._how.render, filled)
+        says_none = other is not None and written.count("None") > other.count("None")
+        return filled if says_none else messages
 
     def texts(self, *, add_generation_prompt: bool) -> list[str]:
         """Every chat as text.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -203,7 +202,8 @@ def _rewards(steps: Sequence[TensorDictBase], keys: _Keys) -> list[torch.Tensor]
     """The reward of each turn; of rewards per token the sum ``[1]``."""
     rewards = [_required(step, keys.reward) for step in steps]
     alike = len({reward.shape for reward in rewards}) == 1
-    if alike and not all(map(_is_per_token, steps, rewards, itertools.repeat(keys))):
+    per_token = all(_is_per_token(s, r, keys) for s, r in zip(steps, rewards, strict=True))
+    if alike and not per_token:
         return rewards
     return [reward.sum().view(1) for reward in rewards]
 

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
-from .turns import TEMPLATE_ERRORS, Message, Render, SpecialTokens, num_shared, sentinel_for
+from .turns import (
+    Message,
+    Render,
+    SpecialTokens,
+    after_answer,
+    num_shared,
+    rendered,
+    sentinel_for,
+)
 
 Span = tuple[int, int]  # characters from the first up to the second
 
@@ -55,7 +63,7 @@ def _span(
     sentinel = sentinel_for(messages)
     before, after = messages[:index], messages[index + 1 :]
     for mark in _marks(messages[index], sentinel):
-        other = _rendered(render, [*before, mark, *after])
+        other = rendered(render, [*before, mark, *after])
         if other is None or other == text or (mark["content"] and sentinel not in other):
             continue
         start = num_shared(text, other)
@@ -94,14 +102,6 @@ def _others(value: Any, sentinel: str, name: str = "") -> Any:
     return sentinel if name in ("name", "arguments") else value
 
 
-def _rendered(render: Render, messages: Sequence[Message], asking: bool = False) -> str | None:
-    """A chat as text; None where the template fails on it."""
-    try:
-        return render(messages, asking)
-    except TEMPLATE_ERRORS:  # it may want the calls that an answer of a tool belongs to
-        return None
-
-
 def _from_where_asked(
     before: Sequence[Message], text: str, start: int, render: Render, *, called: bool
 ) -> int:
@@ -109,7 +109,7 @@ def _from_where_asked(
 
     Of one with calls all that follows the prompt is its own, as the name that two may share.
     """
-    asked = _rendered(render, before, True) if before else None
+    asked = rendered(render, before, True) if before else None
     if asked is None or not text.startswith(asked) or len(asked) > start:
         return start
     return len(asked) if called or text[len(asked) : start].isspace() else start
@@ -117,7 +117,7 @@ def _from_where_asked(
 
 def _end_alone(messages: Sequence[Message], index: int, text: str, render: Render) -> int:
     """Where a message ends in a chat that goes on as it does where the message is the last."""
-    upto = _rendered(render, messages[: index + 1])
+    upto = rendered(render, messages[: index + 1])
     return len(upto.rstrip()) if upto is not None and text.startswith(upto.rstrip()) else 0
 
 
@@ -130,9 +130,8 @@ def _with_ending(
     special: SpecialTokens,
 ) -> int:
     """Where a message ends that the template closes, as with an EOS."""
-    sentinel = sentinel_for(messages)
-    alone = _rendered(render, [*messages[:index], {"role": "assistant", "content": sentinel}]) or ""
-    closing = alone.rpartition(sentinel)[2].rstrip() if sentinel in alone else ""
+    alone = after_answer(messages[: index + 1], index, render, asking=False)
+    closing = (alone or "").rstrip()
     if closing and text.startswith(closing, end):
         return end + len(closing)
     return end + max((len(s) for s in special.texts if text.startswith(s, end)), default=0)

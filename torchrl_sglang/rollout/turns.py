@@ -320,12 +320,20 @@ def after_answer(
     """
     sentinel = sentinel_for(messages)
     marked = [*messages[:answer], {"role": "assistant", "content": sentinel}]
-    try:
-        text = render([*marked, *messages[answer + 1 :]], asking)
-    except TEMPLATE_ERRORS:  # it may want the calls that an answer of a tool belongs to
-        return None
-    _, found, rest = text.rpartition(sentinel)
+    text = rendered(render, [*marked, *messages[answer + 1 :]], asking)
+    _, found, rest = (text or "").rpartition(sentinel)
     return rest if found else None
+
+
+def rendered(render: Render, messages: Sequence[Message], asking: bool = False) -> str | None:
+    """A chat as text; None where the template fails on it.
+
+    It may want the calls that an answer of a tool belongs to, or strings where there are lists.
+    """
+    try:
+        return render(messages, asking)
+    except TEMPLATE_ERRORS:
+        return None
 
 
 def sentinel_for(messages: Sequence[Message]) -> str:
