@@ -21,7 +21,15 @@ from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 from .completions import Completion
 from .errors import ResponseError
 from .prompts import Prompts
-from .rollout.texts import TextOptions, build_histories, build_texts, contents, decode
+from .rollout.texts import (
+    TextOptions,
+    as_messages,
+    build_histories,
+    build_texts,
+    contents,
+    decode,
+    decode_answers,
+)
 from .rollout.turns import SpecialTokens
 
 NAN = float("nan")
@@ -71,7 +79,7 @@ class Arrived:
         ids = completion.output_ids
         made = self._made.get(id(ids))
         if made is None:
-            text = None if self._tokenizer is None else decode([ids], self._tokenizer)[0]
+            text = None if self._tokenizer is None else decode_answers([ids], self._tokenizer)[0]
             made = self._made[id(ids)] = (ids, as_ids(ids), text)
         return made
 
@@ -168,10 +176,11 @@ def build_outputs(
             options=spec.text,
         )
     if decoded is not None and spec.history_key is not None and prompts.history is not None:
+        messages = as_messages(decoded, prompts.begun, spec.tokenizer)
         columns[spec.history_key] = build_histories(
             prompts.history,
             prompts.begun or [None] * len(completions),
-            contents(completions, decoded, spec.tokenizer, spec.special),
+            contents(completions, messages, spec.tokenizer, spec.special),
             [completion.finish_type == "stop" for completion in completions],
         )
     return columns

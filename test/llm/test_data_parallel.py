@@ -53,9 +53,9 @@ def test_other_weights_are_noticed(
     scheme.connect()
     transfer = DiskCarrier.transfer
 
-    def transfer_other(carrier: Any, buckets: Any, weights: Any, dtype: Any, timer: Any) -> str:
+    def transfer_other(carrier: Any, buckets: Any, weights: Any, timer: Any) -> str:
         norm = "model.norm.weight"
-        return transfer(carrier, buckets, {**weights, norm: weights[norm] + 1}, dtype, timer)
+        return transfer(carrier, buckets, {**weights, norm: weights[norm] + 1}, timer)
 
     with monkeypatch.context() as patched:
         patched.setattr(DiskCarrier, "transfer", transfer_other)

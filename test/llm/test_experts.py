@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_models import qwen3_moe
+from moe_models import glm4_moe, qwen3_moe
 from servers import CPU_SERVER_ARGS, perturb, worst_error
 from transformers import PreTrainedTokenizerFast
 from two_ranks import moved, trained
@@ -103,3 +103,25 @@ def test_a_trainer_of_two_ranks(service: AsyncSGLang, path: Path, model: Any) ->
     first, second = trained(service, path)
     assert (first["verified_by"], second) == ("checksum", {})
     assert error(service, moved(model)) < 0.02
+
+
+def test_a_buffer_that_steers_experts(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, timeouts: Timeouts
+) -> None:
+    """In float32: in bfloat16 its values would all be the same."""
+    model = glm4_moe(vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj *= 10.0  # for all to see which are taken
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with AsyncSGLang.from_pretrained(
+        str(tmp_path), device="cpu", timeouts=timeouts, **CPU_SERVER_ARGS
+    ) as service:
+        assert error(service, model) < 0.05
+        router = model.model.layers[1].mlp.gate
+        assert router.e_score_correction_bias.dtype is torch.float32
+        for method in ("broadcast", "tensor", "disk"):
+            router.e_score_correction_bias = router.e_score_correction_bias.roll(1)
+            assert error(service, model) > 0.15
+            assert pushed(service, model, method=method).verified_by == "probe"
+            assert error(service, model) < 0.05

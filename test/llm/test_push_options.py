@@ -146,12 +146,10 @@ def test_what_ran_on_weights_that_a_probe_refuses_does_not_go_on(
     scheme = connected(proxied, config=WeightSyncConfig(verify_method="probe"))
     transfer = Broadcast.transfer
 
-    def transfer_other_weights(
-        carrier: Broadcast, buckets: Any, weights: Any, dtype: Any, timer: Any
-    ) -> str:
+    def transfer_other_weights(carrier: Broadcast, buckets: Any, weights: Any, timer: Any) -> str:
         changed = {name: tensor.clone() for name, tensor in weights.items()}
         changed["model.norm.weight"] *= 1.5
-        return transfer(carrier, buckets, changed, dtype, timer)
+        return transfer(carrier, buckets, changed, timer)
 
     sampling = {"max_new_tokens": 2000, "ignore_eos": True}
     running = in_thread(lambda: service.generate([7, 8, 9], sampling), "test")

@@ -10,12 +10,15 @@ from tensordict import TensorDict, lazy_stack
 from tiny_model import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchrl.data.llm import History
+from torchrl.modules.llm.policies import ChatHistory, Text
 from transformers import PreTrainedTokenizerFast
 
+from torchrl_sglang import AsyncSGLang, SGLangWrapper
 from torchrl_sglang.errors import InputError
 from torchrl_sglang.rollout.chats import ChatFormat, Chats
 from torchrl_sglang.rollout.padding import Row, prompt_masks
 from torchrl_sglang.rollout.spans import assistant_spans
+from torchrl_sglang.rollout.texts import as_messages, decode, decode_answers
 from torchrl_sglang.rollout.tokenizers import special_tokens
 from torchrl_sglang.rollout.turns import (
     SENTINEL,
@@ -281,6 +284,72 @@ def test_what_goes_on_begins_with_no_space(spaced: Any) -> None:
     head = form.encode("the</s>")
     assert whole == [*head, *form.after(head, " fox")]
     assert how("").after(TOKENIZER.encode("ab"), "c d") == how("").encode("c d")
+
+
+def test_the_space_before_an_answer_is_in_its_text(spaced: Any) -> None:
+    """Whatever the ids are, the texts of prompt and answer together are the text of all."""
+    answers = [[i, j] for i in range(3, 120, 7) for j in range(3, 120, 11)]
+    prompt = spaced("the quick", add_special_tokens=False)["input_ids"]
+    texts = decode_answers(answers, spaced)
+    assert ["the quick" + text for text in texts] == decode([prompt + a for a in answers], spaced)
+    assert any(text.startswith(" ") for text in texts)
+    assert any(not text.startswith(" ") for text in texts)
+    assert decode_answers([[*a, 2] for a in answers], spaced, skip_special_tokens=True) == texts
+    assert as_messages([" a", "b", " c"], [None, None, "x"], spaced) == ["a", "b", " c"]
+    assert as_messages([" a", "b"], None, TOKENIZER) == [" a", "b"]
+    ids = TOKENIZER("a b", add_special_tokens=False)["input_ids"]
+    assert decode_answers([ids], TOKENIZER) == decode([ids], TOKENIZER) == ["a b"]
+
+
+def policy_of(
+    service: AsyncSGLang, spaced: Any, skip_special_tokens: bool = False, **options: Any
+) -> SGLangWrapper:
+    """Samples words that begin with a space."""
+    words = spaced.convert_tokens_to_ids(["\u2581quick", "\u2581fox"])
+    sampling = {
+        "max_new_tokens": 3,
+        "logit_bias": dict.fromkeys(words, 100.0),
+        "skip_special_tokens": skip_special_tokens,
+    }
+    return SGLangWrapper(service, tokenizer=spaced, generate_kwargs=sampling, **options)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_an_answer_behind_a_space(service: AsyncSGLang, spaced: Any, skips: bool) -> None:
+    options = {"skip_special_tokens": skips}
+    policy = policy_of(service, spaced, input_mode="text", pad_output=False, **options)
+    texts = Text(prompt=["the", "jumps quick"], batch_size=2)
+    out = policy(TensorDict(text=texts, batch_size=2))
+    for row in out.unbind(0):
+        assert row["text"].full == spaced.decode(row["tokens"].full)
+        assert row["text"].response.startswith(" ")
+    longer = Text(prompt=[row["text"].full + " fox" for row in out.unbind(0)], batch_size=2)
+    again = policy(TensorDict(text=longer, tokens=out["tokens"], batch_size=2))
+    for row, before in zip(again.unbind(0), out.unbind(0), strict=True):
+        sampled = before["tokens"].full
+        assert torch.equal(row["tokens"].prompt[: len(sampled)], sampled)
+        assert spaced.decode(row["tokens"].prompt) == row["text"].prompt
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_message_begins_with_no_space(service: AsyncSGLang, spaced: Any, continues: bool) -> None:
+    """But one that goes on does so behind it."""
+    template = (
+        "{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}"
+    )
+    policy = policy_of(
+        service,
+        spaced,
+        chat_template=template,
+        pad_output=False,
+        continue_final_message=continues,
+    )
+    chat = [says("user", "jumps"), says("assistant", "the")]
+    history = ChatHistory(prompt=History.from_chats([chat]))
+    out = policy(TensorDict(history=history, batch_size=1))[0]
+    said = out["history"].response[-1].content
+    assert out["text"].full == spaced.decode(out["tokens"].full)
+    assert said == ("the" if continues else "") + out["text"].response[0 if continues else 1 :]
 
 
 def test_the_callers_mask_comes_before_one_that_was_left_over() -> None:

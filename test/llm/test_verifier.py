@@ -13,6 +13,7 @@ from torchrl_sglang.errors import VerificationError
 from torchrl_sglang.features import Features
 from torchrl_sglang.info import Capabilities, WorkerInfo
 from torchrl_sglang.weights import verify as verify_module
+from torchrl_sglang.weights.served_dtype import Dtypes
 from torchrl_sglang.weights.verify import Verifier
 
 NO_CHECKSUMS = Capabilities(update_session=True, checksum=False, cache_salt=True)
@@ -27,7 +28,7 @@ class Model(torch.nn.Module):
 
 def verifier(info: WorkerInfo, model: Any, method: Any = "auto") -> Verifier:
     config = WeightSyncConfig(verify_method=method)
-    return Verifier(config, [worker(), info], make(), torch.bfloat16, model)
+    return Verifier(config, [worker(), info], make(), Dtypes(served=torch.bfloat16), model)
 
 
 # What a server is, and whether checksums may, or certainly will, prove a push to it.
@@ -70,7 +71,7 @@ def test_a_push_from_another_thread_never_touches_the_model(
     changes, _, proves = SERVERS[kind]
     asked: list[Any] = []
 
-    def scores(model: Any, weights: Any, dtype: Any, ids: list[int]) -> list[float]:
+    def scores(model: Any, weights: Any, dtypes: Any, ids: list[int]) -> list[float]:
         asked.append(model)
         return [0.0] * (len(ids) - 1)
 

@@ -272,12 +272,10 @@ def test_garbled_weights_are_noticed(
     perturb(model, seed=11, scale=0.5)
     transfer = Broadcast.transfer
 
-    def transfer_other_weights(
-        carrier: Broadcast, buckets: Any, weights: Any, dtype: Any, timer: Any
-    ) -> str:
+    def transfer_other_weights(carrier: Broadcast, buckets: Any, weights: Any, timer: Any) -> str:
         changed = {name: tensor.clone() for name, tensor in weights.items()}
         changed["model.norm.weight"] *= 1.5
-        return transfer(carrier, buckets, changed, dtype, timer)
+        return transfer(carrier, buckets, changed, timer)
 
     monkeypatch.setattr(Broadcast, "transfer", transfer_other_weights)
     with pytest.raises(VerificationError):

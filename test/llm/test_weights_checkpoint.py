@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from moe_models import mixtral, olmoe, qwen3_moe
+from moe_models import ernie4_5_moe, glm4_moe, minimax_m2, mixtral, olmoe, qwen3_moe
 from safetensors.torch import load_file
 from tiny_model import make_model, make_tokenizer
 from transformers import Gemma3ForConditionalGeneration
@@ -49,7 +50,15 @@ def gemma3() -> Any:
         return Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
 
 
-MAKE = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "olmoe": olmoe, "gemma3": gemma3}
+MAKE = {
+    "qwen3_moe": qwen3_moe,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+    "gemma3": gemma3,
+    "glm4_moe": glm4_moe,
+    "minimax_m2": minimax_m2,
+    "ernie4_5_moe": ernie4_5_moe,
+}
 
 
 @pytest.fixture(scope="module", params=MAKE)
@@ -89,12 +98,50 @@ def test_the_files_own_names_are_understood(saved: Any) -> None:
     metadata = {name: (tensor.dtype, tensor.shape) for name, tensor in file.items()}
     check_metadata(metadata, expected)
     with pytest.raises(WeightsError, match="1 is missing: "):
-        matched(dict(list(file.items())[1:]), expected)
+        matched({n: t for n, t in file.items() if "embed_tokens" not in n}, expected)
 
 
 def test_the_models_names_are_understood(saved: Any) -> None:
     model, folder, _ = saved
     check_metadata(get_model_metadata(model), expected_model(str(folder)))
+
+
+def test_what_steers_experts_stays_float32(saved: Any) -> None:
+    """Biases that are buffers, and routers: rounded, they would choose others."""
+    _, folder, file = saved
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    wide = expected_model(str(folder)).wide & file.keys()
+    routers = {name for name in file if kind == "ernie4_5_moe" and ".gate." in name}
+    assert wide == {name for name in file if "e_score_correction_bias" in name} | routers
+    assert bool(wide) == (kind in ("glm4_moe", "minimax_m2", "ernie4_5_moe"))
+
+
+@pytest.mark.parametrize("kind", [glm4_moe, minimax_m2])
+def test_a_trainer_without_those_buffers(kind: Any, tmp_path: Path) -> None:
+    """As one that knows parameters only: the servers keep what they have."""
+    model = kind()
+    model.save_pretrained(tmp_path)
+    expected = expected_model(str(tmp_path))
+    named = matched(dict(model.named_parameters()), expected)
+    assert expected.optional
+    assert set(named) == set(expected.parameters) - expected.optional
+    [first, *_] = expected.optional
+    with pytest.raises(WeightsError, match="has shape"):
+        matched({**named, first: torch.zeros(3)}, expected)
+    with pytest.raises(WeightsError, match="buffers only"):
+        matched({"model.rotary_emb.inv_freq": torch.zeros(3)}, expected, partial=True)
+    assert list(matched({first: torch.zeros(expected.shape_of(first))}, expected, partial=True))
+
+
+def test_an_adapters_base_model_has_its_buffers(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = glm4_moe()
+    model.save_pretrained(tmp_path)
+    expected = expected_model(str(tmp_path))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert set(matched(named_weights(adapted), expected)) == set(expected.parameters)
+    assert set(get_model_metadata(adapted)) == set(expected.parameters)
 
 
 def test_a_model_that_is_written_as_it_is() -> None:

@@ -17,6 +17,7 @@ from torchrl_sglang.weights.checksum import (
     parse_checksums,
     tensor_hash,
 )
+from torchrl_sglang.weights.served_dtype import Dtypes
 from torchrl_sglang.weights.shards import EMBEDDING, HEAD, Rank, parts_of
 from torchrl_sglang.weights.source import named_weights
 
@@ -66,7 +67,10 @@ def wrong_names(
 ) -> list[str]:
     """Names that a server with one rank, which answered ``sums``, does not hold as sent."""
     rank = Rank(tp_rank=0, tp_size=1)
-    return mismatches(sums, expected_checksums(sums, weights, dtype=dtype, rank=rank, on_gpu=False))
+    return mismatches(
+        sums,
+        expected_checksums(sums, weights, dtypes=Dtypes(served=dtype), rank=rank, on_gpu=False),
+    )
 
 
 def with_one_bit_flipped(
@@ -188,7 +192,7 @@ def test_large_tensors_are_laid_out_in_chunks(
     # 45 rows of 3 of 7 columns in bfloat16: 6 bytes a row, and 2 bytes more than whole words.
     table = torch.randn(45, 7, dtype=torch.float32)
     sent = {"a.o_proj.weight": table, HEAD: table}
-    options: Any = {"dtype": torch.bfloat16, "rank": rank, "on_gpu": on_gpu}
+    options: Any = {"dtypes": Dtypes(served=torch.bfloat16), "rank": rank, "on_gpu": on_gpu}
     monkeypatch.setattr("torchrl_sglang.weights.checksum.CHUNK_BYTES", chunk_bytes)
     sums = expected_checksums(sent, sent, **options)
     half = table.bfloat16()

@@ -25,13 +25,15 @@ from torchrl_sglang.weights.plan import (
     plan_ranks,
     spec_of,
 )
-from torchrl_sglang.weights.served_dtype import served_dtype
+from torchrl_sglang.weights.served_dtype import Dtypes, served_dtype
 
-DTYPES = {8: "float64", 4: "float32", 2: "bfloat16", 1: "float8_e4m3fn"}
+DTYPES = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16, 1: torch.float8_e4m3fn}
+
+WIDE = {"2", "5"}  # names of what travels in float32
 
 
 def spec(name: str, *shape: int, item_bytes: int = 2) -> TensorSpec:
-    return TensorSpec(name=name, dtype=DTYPES[item_bytes], shape=shape, item_bytes=item_bytes)
+    return TensorSpec(name=name, dtype=DTYPES[item_bytes], shape=shape)
 
 
 def names(buckets: list[Bucket]) -> list[list[str]]:
@@ -138,20 +140,18 @@ def cut(payload: torch.Tensor, bucket: Bucket) -> dict[str, torch.Tensor]:
     tensors, offset = {}, 0
     for made in bucket.tensors:
         raw = payload[offset : offset + made.num_bytes]
-        tensors[made.name] = raw.view(getattr(torch, made.dtype)).view(made.shape)
+        tensors[made.name] = raw.view(made.dtype).view(made.shape)
         offset += made.num_bytes
     assert offset == payload.numel()
     return tensors
 
 
-def payloads_of(
-    buckets: list[Bucket], weights: dict[str, torch.Tensor], dtype: torch.dtype, layout: Any
-) -> Payloads:
-    return Payloads(buckets, weights, dtype=dtype, device=torch.device("cpu"), layout=layout)
+def payloads_of(buckets: list[Bucket], weights: dict[str, torch.Tensor], layout: Any) -> Payloads:
+    return Payloads(buckets, weights, device=torch.device("cpu"), layout=layout)
 
 
-def flattened(bucket: Bucket, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    [[payload]] = payloads_of([bucket], weights, dtype, "flattened")(lambda index: None)
+def flattened(bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    [[payload]] = payloads_of([bucket], weights, "flattened")(lambda index: None)
     return payload
 
 
@@ -160,7 +160,8 @@ def flattened(bucket: Bucket, weights: dict[str, torch.Tensor], dtype: torch.dty
 def test_payloads_in_the_order_of_the_plan(layout: str, bucket_bytes: int) -> None:
     """A buffer is written again only after what was in it has been sent."""
     weights = {str(i): torch.randn(3, i + 1) for i in range(9)}
-    specs = [spec_of(name, tensor, torch.bfloat16) for name, tensor in weights.items()]
+    dtypes = Dtypes(served=torch.bfloat16, wide=WIDE)
+    specs = [spec_of(name, tensor, dtypes.of(name)) for name, tensor in weights.items()]
     buckets = plan_buckets(specs, bucket_bytes)
     made: list[list[torch.Tensor]] = []
     read: dict[str, torch.Tensor] = {}
@@ -175,7 +176,7 @@ def test_payloads_in_the_order_of_the_plan(layout: str, bucket_bytes: int) -> No
             return made[index]
         return list(cut(made[index][0], buckets[index]).values())
 
-    payloads = payloads_of(buckets, weights, torch.bfloat16, layout)
+    payloads = payloads_of(buckets, weights, layout)
     for tensors in payloads(after):
         made.append(tensors)
     for index in range(len(buckets)):
@@ -183,7 +184,7 @@ def test_payloads_in_the_order_of_the_plan(layout: str, bucket_bytes: int) -> No
             after(index)
     assert len(made) == len(buckets)
     for name, tensor in weights.items():
-        assert torch.equal(read[name], tensor.to(torch.bfloat16))
+        assert torch.equal(read[name], tensor.to(dtypes.of(name)))
 
 
 def test_large_tensors_that_need_no_copy_are_sent_from_where_they_are() -> None:
@@ -191,14 +192,14 @@ def test_large_tensors_that_need_no_copy_are_sent_from_where_they_are() -> None:
 
     def layout_of(weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> bool:
         specs = [spec_of(name, tensor, dtype) for name, tensor in weights.items()]
-        return payloads_of(plan_buckets(specs, 1 << 24), weights, dtype, "auto").flattened
+        return payloads_of(plan_buckets(specs, 1 << 24), weights, "auto").flattened
 
     assert not layout_of(large)
     assert layout_of(large, torch.float16)
     assert layout_of({**large, "3": large["0"].t()})
     assert layout_of({str(i): torch.zeros(8, dtype=torch.bfloat16) for i in range(3)})
     specs = [spec_of(name, tensor, torch.bfloat16) for name, tensor in large.items()]
-    payloads = payloads_of(plan_buckets(specs, 1 << 30), large, torch.bfloat16, "auto")
+    payloads = payloads_of(plan_buckets(specs, 1 << 30), large, "auto")
     [sent] = payloads(lambda index: None)
     assert [t.data_ptr() for t in sent] == [t.data_ptr() for t in large.values()]
 
@@ -206,21 +207,22 @@ def test_large_tensors_that_need_no_copy_are_sent_from_where_they_are() -> None:
 @given(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=8), BUCKET_BYTES)
 def test_what_is_sent_can_be_taken_apart_again(shapes: list[list[int]], bucket_bytes: int) -> None:
     weights = {str(i): torch.randn(shape) for i, shape in enumerate(shapes)}
-    specs = [spec_of(name, tensor, torch.bfloat16) for name, tensor in weights.items()]
+    dtypes = Dtypes(served=torch.bfloat16, wide=WIDE)
+    specs = [spec_of(name, tensor, dtypes.of(name)) for name, tensor in weights.items()]
     received: dict[str, torch.Tensor] = {}
     for bucket in plan_buckets(specs, bucket_bytes):
-        payload = flattened(bucket, weights, torch.bfloat16)
+        payload = flattened(bucket, weights)
         assert (payload.dtype, payload.ndim) == (torch.uint8, 1)
         received |= cut(payload, bucket)
     assert received.keys() == weights.keys()
     for name, tensor in weights.items():
-        assert torch.equal(received[name], tensor.to(torch.bfloat16))
+        assert torch.equal(received[name], tensor.to(dtypes.of(name)))
 
 
 def test_a_transposed_weight_is_sent_in_its_own_order() -> None:
     weight = torch.arange(6.0).reshape(2, 3).t().requires_grad_()
     bucket = Bucket(tensors=(spec_of("a", weight, torch.float32),))
-    payload = flattened(bucket, {"a": weight}, torch.float32)
+    payload = flattened(bucket, {"a": weight})
     assert not payload.requires_grad
     assert torch.equal(cut(payload, bucket)["a"], weight.detach())
 
@@ -229,7 +231,14 @@ def expected(dtype: torch.dtype) -> Expected:
     none: frozenset[str] = frozenset()
     writer = Writer(torch.nn.Module())
     return Expected(
-        model_path="/m", parameters={}, tied={}, buffers=none, dtype=dtype, writer=writer
+        model_path="/m",
+        parameters={},
+        tied={},
+        optional=none,
+        buffers=none,
+        wide=none,
+        dtype=dtype,
+        writer=writer,
     )
 
 

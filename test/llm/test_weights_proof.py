@@ -13,6 +13,7 @@ from torchrl_sglang.info import WorkerInfo
 from torchrl_sglang.weights import proof as proof_module
 from torchrl_sglang.weights.checksum import RankChecksums, expected_checksums
 from torchrl_sglang.weights.proof import ChecksumProof
+from torchrl_sglang.weights.served_dtype import Dtypes
 from torchrl_sglang.weights.shards import EMBEDDING, Heads, Rank
 
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
@@ -64,7 +65,7 @@ def answer(
                 **expected_checksums(
                     names,
                     weights,
-                    dtype=torch.bfloat16,
+                    dtypes=Dtypes(served=torch.bfloat16),
                     rank=Rank(tp_rank=rank, tp_size=tp_size, heads=HEADS),
                     on_gpu=on_gpu,
                 ),
@@ -76,7 +77,7 @@ def answer(
 
 
 def unproved(infos: list[WorkerInfo], answers: list[Any], config: Any = Config) -> dict[str, str]:
-    proof = ChecksumProof(make(), torch.bfloat16, lambda info: config)
+    proof = ChecksumProof(make(), Dtypes(served=torch.bfloat16), lambda info: config)
     return proof.unproved(infos, answers)
 
 

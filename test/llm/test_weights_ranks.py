@@ -17,6 +17,7 @@ from torchrl_sglang.errors import VerificationError
 from torchrl_sglang.weights.broadcast import Broadcast
 from torchrl_sglang.weights.checksum import expected_checksums, mismatches, parse_checksums
 from torchrl_sglang.weights.expected import model_config
+from torchrl_sglang.weights.served_dtype import Dtypes
 from torchrl_sglang.weights.shards import Rank, heads_of
 from torchrl_sglang.weights.source import named_weights
 
@@ -68,7 +69,7 @@ def wrong_on_ranks(service: AsyncSGLang, path: Path, model: Any) -> list[list[st
             expected_checksums(
                 rank.checksums,
                 weights,
-                dtype=torch.bfloat16,
+                dtypes=Dtypes(served=torch.bfloat16),
                 rank=Rank(tp_rank=rank.tp_rank, tp_size=2, heads=heads),
                 on_gpu=False,
             ),
@@ -143,13 +144,11 @@ def test_a_push_that_arrives_otherwise_is_refused(
 ) -> None:
     transfer = Broadcast.transfer
 
-    def transfer_other_weights(
-        carrier: Broadcast, buckets: Any, weights: Any, dtype: Any, timer: Any
-    ) -> str:
+    def transfer_other_weights(carrier: Broadcast, buckets: Any, weights: Any, timer: Any) -> str:
         changed = dict(weights)
         changed[f"{LAYER}mlp.down_proj.weight"] = weights[f"{LAYER}mlp.down_proj.weight"].clone()
         changed[f"{LAYER}mlp.down_proj.weight"][0, -1] += 1.0  # a column of the second rank
-        return transfer(carrier, buckets, changed, dtype, timer)
+        return transfer(carrier, buckets, changed, timer)
 
     with monkeypatch.context() as patched:
         patched.setattr(Broadcast, "transfer", transfer_other_weights)

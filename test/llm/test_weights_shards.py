@@ -19,6 +19,7 @@ from transformers import (
 
 from torchrl_sglang.weights.checksum import expected_checksums
 from torchrl_sglang.weights.expected import expected_model, model_config
+from torchrl_sglang.weights.served_dtype import Dtypes
 from torchrl_sglang.weights.shards import (
     EMBEDDING,
     HEAD,
@@ -250,5 +251,7 @@ def test_sglangs_own_models_hold_the_same(loaded: dict[str, Any], family: str) -
         tp_rank, tp_size = map(int, place.split("/"))
         assert why_unknown(sums, shapes, family=family, tp_size=tp_size, heads=heads) is None
         rank = Rank(tp_rank=tp_rank, tp_size=tp_size, heads=heads)
-        ours = expected_checksums(sums, weights, dtype=torch.bfloat16, rank=rank, on_gpu=False)
+        ours = expected_checksums(
+            sums, weights, dtypes=Dtypes(served=torch.bfloat16), rank=rank, on_gpu=False
+        )
         assert ours == sums, place

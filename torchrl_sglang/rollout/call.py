@@ -23,7 +23,7 @@ from .own_stops import Stops, cut_at_stops, take_over
 from .row_requests import CallOptions, check_log_probs, make_requests, read_row_options
 from .scoring import build_scores, check_scoring, read_places, scoring_requests
 from .setup import Settled, flattened, text_options, unflattened
-from .texts import contents
+from .texts import as_messages, contents
 from .turns import Turn, chat_key
 
 Groups = list[Group]
@@ -133,7 +133,7 @@ class Call:
         self,
         prompts: Prompts,
         completions: Sequence[Completion],
-        decoded: Sequence[str],
+        decoded: list[str],
         given_out: Sequence[Any] | None,
     ) -> None:
         """Remembers the tokens of this turn, for prompts that go on from it.
@@ -142,6 +142,7 @@ class Call:
         """
         prompted, outputs = self._settled.prompts, self._settled.outputs
         if prompts.chats is not None:
+            decoded = as_messages(decoded, prompts.begun, outputs.tokenizer)
             answers = contents(completions, decoded, outputs.tokenizer, outputs.special)
         elif given_out is not None:
             answers = [text.response for text in given_out]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,52 @@ def decode(ids: list[list[int]], tokenizer: Any) -> list[str]:
     else:
         texts = tokenizer.batch_decode(ids, skip_special_tokens=False)
     return texts
+
+
+def decode_answers(ids: list[list[int]], tokenizer: Any, **kwargs: Any) -> list[str]:
+    """Ids that follow a prompt as text; see `decode`.
+
+    Tokenizers of SentencePiece's kind leave out the space before what begins a text. An answer
+    begins none, so it is decoded behind something, as SGLang does it too.
+
+    Args:
+        ids: one list per row.
+        tokenizer: decodes them.
+        kwargs: of its ``batch_decode``.
+    """
+    anchor = _anchor(tokenizer)
+    rows = ids if anchor is None else [[anchor[0], *row] for row in ids]
+    texts = tokenizer.batch_decode(rows, **kwargs) if kwargs else decode(rows, tokenizer)
+    return texts if anchor is None else [text[len(anchor[1]) :] for text in texts]
+
+
+@functools.lru_cache(maxsize=8)
+def _anchor(tokenizer: Any) -> tuple[int, str] | None:
+    """A token and its text, where tokens are other texts behind it than alone; else None."""
+    ids = tokenizer("x", add_special_tokens=False)["input_ids"]
+    if not ids:
+        return None
+    alone = tokenizer.decode(ids[:1])
+    behind = tokenizer.decode([ids[0], ids[0]])
+    return None if behind == alone + alone else (ids[0], alone)
+
+
+def as_messages(
+    decoded: list[str], begun: Sequence[str | None] | None, tokenizer: Any
+) -> list[str]:
+    """Answers as messages say them: without the space that their tokenizer writes first.
+
+    Args:
+        decoded: from `decode_answers`.
+        begun: what the message says already that a row goes on with, or None.
+        tokenizer: decoded them.
+    """
+    if _anchor(tokenizer) is None:
+        return decoded
+    return [
+        text if before else text.removeprefix(" ")
+        for text, before in zip(decoded, begun or [None] * len(decoded), strict=True)
+    ]
 
 
 def build_texts(
@@ -131,7 +178,7 @@ def _styled(
             c.output_ids[:-1] if not options.keep_stop and _ended_by_id(c) else c.output_ids
             for c in completions
         ]
-        responses = tokenizer.batch_decode(ids, **kwargs)
+        responses = decode_answers(ids, tokenizer, **kwargs)
     if options.keep_stop:
         return responses
     if kwargs:

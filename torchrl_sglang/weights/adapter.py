@@ -29,7 +29,7 @@ from .expected import expected_model
 from .failure import with_its_cause
 from .probe import probe_ids, reference_log_probs
 from .result import PushResult, StepTimer
-from .served_dtype import served_dtype
+from .served_dtype import Dtypes, served_dtype
 from .update import WeightPusher
 from .verify import compare_probe
 
@@ -226,7 +226,9 @@ class AdapterPusher(WeightPusher):
             return None
         embeddings: Any = adapter.model.get_input_embeddings()  # type: ignore[operator]
         ids = probe_ids(embeddings.weight.shape[0])
-        return ids, reference_log_probs(adapter.model, adapter.parameters, dtype, ids)
+        return ids, reference_log_probs(
+            adapter.model, adapter.parameters, Dtypes(served=dtype), ids
+        )
 
 
 def check_servers(infos: Sequence[WorkerInfo]) -> None:

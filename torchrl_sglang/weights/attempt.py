@@ -65,7 +65,7 @@ def attempt(
         if carrier.in_session:
             engines.begin()
     sent_at = time.perf_counter()
-    layout = carrier.transfer(plan.buckets, plan.weights, plan.dtype, timer)
+    layout = carrier.transfer(plan.buckets, plan.weights, timer)
     push_s = time.perf_counter() - sent_at
     with timer.measure("end"):
         if carrier.in_session:

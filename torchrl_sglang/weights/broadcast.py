@@ -180,7 +180,6 @@ class Broadcast(Carrier):
         self,
         buckets: list[Bucket],
         weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
         timer: StepTimer,
     ) -> str:
         """Sends all buckets and returns once every server has loaded them.
@@ -198,7 +197,7 @@ class Broadcast(Carrier):
         group = self._group
         if group is None:
             raise PushError("the group is gone", step="transfer", bucket=0)
-        payloads = Payloads(buckets, weights, dtype=dtype, device=self._device, layout=self._layout)
+        payloads = Payloads(buckets, weights, device=self._device, layout=self._layout)
         with timer.measure("transfer"):
             sending = group.send(payloads, device=self._device)
             for index, bucket in enumerate(buckets):

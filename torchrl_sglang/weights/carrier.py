@@ -49,7 +49,6 @@ class Carrier(abc.ABC):
         self,
         buckets: list[Bucket],
         weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
         timer: StepTimer,
     ) -> str:
         """Carries all buckets and returns once every server has loaded them.
@@ -57,7 +56,6 @@ class Carrier(abc.ABC):
         Args:
             buckets: the plan.
             weights: the tensors, by name.
-            dtype: dtype in which they travel.
             timer: what it takes is added to its step ``transfer``.
 
         Returns:

@@ -26,7 +26,7 @@ class Writer:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.shapes: dict[str, dict[str, torch.Size]] = {}
-        parameters = dict(model.named_parameters())
+        parameters = {**dict(model.named_parameters()), **saved_buffers(model)}
         whole = self._reverted(parameters)
         for name, parameter in parameters.items():
             if name not in whole or whole[name].shape != parameter.shape:
@@ -50,6 +50,16 @@ class Writer:
 
         made: Written = revert_weight_conversion(self._model, dict(tensors))
         return made
+
+
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a model's checkpoint has beside its parameters; those of integers left out.
+
+    Some steer what is computed: the biases that balance experts, the scale of a layer.
+    """
+    state = model.state_dict(keep_vars=True)
+    found = {name: buffer for name, buffer in model.named_buffers() if name in state}
+    return {name: buffer for name, buffer in found.items() if buffer.is_floating_point()}
 
 
 def as_written(weights: Mapping[str, torch.Tensor], writer: Writer) -> Mapping[str, torch.Tensor]:

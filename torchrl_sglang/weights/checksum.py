@@ -18,6 +18,7 @@ import torch
 from ..client import ControlClient
 from .hashing import Hash, Sha256Hash, WordHash
 from .lazy import parts_of
+from .served_dtype import Dtypes
 from .shards import Rank, Shard, Slice, shard_of
 
 CHUNK_BYTES = 1 << 26  # what is cast and laid out at once, and so the extra memory, at most twice
@@ -89,7 +90,7 @@ def expected_checksums(
     server_names: Iterable[str],
     weights: Weights,
     *,
-    dtype: torch.dtype,
+    dtypes: Dtypes,
     rank: Rank,
     on_gpu: bool,
     device: torch.device | None = None,
@@ -99,15 +100,16 @@ def expected_checksums(
     Args:
         server_names: the parameters that it hashed; `shards.why_unknown` has no objection to them.
         weights: what was sent, under the checkpoint's names.
-        dtype: dtype in which the server holds them.
+        dtypes: dtypes in which the server holds them.
         rank: which rank of how many.
         on_gpu: the server hashes as it does on CUDA devices, not as elsewhere.
         device: where to hash; by default where each tensor is.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(weights).items()}
+    shards = {name: shard_of(name, shapes, rank) for name in server_names}
     return {
-        name: _shard_hash(shard_of(name, shapes, rank), weights, dtype, on_gpu, device)
-        for name in server_names
+        name: _shard_hash(shard, weights, dtypes.of(shard.slices[0].name), on_gpu, device)
+        for name, shard in shards.items()
     }
 
 

@@ -90,7 +90,6 @@ class DiskCarrier(Carrier):
         self,
         buckets: list[Bucket],
         weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
         timer: StepTimer,
     ) -> str:
         """Writes, then has all servers load; see `Carrier.transfer`."""
@@ -98,7 +97,7 @@ class DiskCarrier(Carrier):
         with timer.measure("transfer"):
             with timer.measure("write"):
                 try:
-                    write_checkpoint(checkpoint, buckets, weights, dtype, self._model_path)
+                    write_checkpoint(checkpoint, buckets, weights, self._model_path)
                 except Exception as error:
                     shutil.rmtree(checkpoint, ignore_errors=True)
                     raise push_error(error, "transfer", None) from error
@@ -143,7 +142,6 @@ def write_checkpoint(
     folder: Path,
     buckets: Sequence[Bucket],
     weights: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
     model_path: str,
 ) -> None:
     """Writes a checkpoint as Hugging Face does: one file for each bucket, an index, the config.
@@ -152,7 +150,6 @@ def write_checkpoint(
         folder: where; must not exist.
         buckets: which tensors go into one file.
         weights: the tensors.
-        dtype: dtype in which they are written.
         model_path: whose config, tokenizer and the like are copied along, if it is a folder here.
     """
     folder.mkdir()
@@ -162,7 +159,7 @@ def write_checkpoint(
         weights.announce(announced)
     for number, bucket in enumerate(buckets, 1):
         file = f"model-{number:05}-of-{len(buckets):05}.safetensors"
-        tensors = {s.name: weights[s.name].detach().to("cpu", dtype) for s in bucket.tensors}
+        tensors = {s.name: weights[s.name].detach().to("cpu", s.dtype) for s in bucket.tensors}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(tensors, file)

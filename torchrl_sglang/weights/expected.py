@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import WeightsError
-from .checkpoint import Writer
+from .checkpoint import Writer, saved_buffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,12 @@ class Expected:
 
     Attributes:
         model_path: where its config is.
-        parameters: dtype and shape of each, tied ones once, in the model's order.
+        parameters: dtype and shape of each, tied ones once, in the model's order, and then of each
+            buffer that a checkpoint has, such as the biases that balance experts.
         tied: names that share their memory with one of these, and which one.
-        buffers: names of buffers, which the servers compute themselves.
+        optional: names of those buffers, which not every trainer has.
+        buffers: names of the other buffers, which the servers compute themselves.
+        wide: names, the model's and the checkpoint's, of what stays float32 in every checkpoint.
         dtype: dtype of the checkpoint.
         writer: makes of a parameter what the checkpoint has in its place.
     """
@@ -28,7 +31,9 @@ class Expected:
     model_path: str
     parameters: dict[str, tuple[torch.dtype, torch.Size]]
     tied: dict[str, str]
+    optional: frozenset[str]
     buffers: frozenset[str]
+    wide: set[str]
     dtype: torch.dtype
     writer: Writer
 
@@ -56,8 +61,13 @@ def expected_model(model_path: str) -> Expected:
         WeightsError: its config can't be loaded on this machine.
     """
     model = meta_model(model_path)
-    parameters = {name: (p.dtype, p.shape) for name, p in model.named_parameters()}
+    saved = saved_buffers(model)
+    sent = {**dict(model.named_parameters()), **saved}
+    parameters = {name: (tensor.dtype, tensor.shape) for name, tensor in sent.items()}
     everything = dict(model.named_parameters(remove_duplicate=False))
+    writer = Writer(model)
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    wide = {*saved, *(n for n in parameters if any(f".{part}." in f".{n}." for part in kept))}
     return Expected(
         model_path=model_path,
         parameters=parameters,
@@ -66,9 +76,11 @@ def expected_model(model_path: str) -> Expected:
             for name, p in everything.items()
             if name not in parameters
         },
-        buffers=frozenset(name for name, _ in model.named_buffers()),
+        optional=frozenset(saved),
+        buffers=frozenset(name for name, _ in model.named_buffers()) - saved.keys(),
+        wide=wide.union(*(writer.shapes.get(name, ()) for name in wide)),
         dtype=model.config.dtype or next(model.parameters()).dtype,
-        writer=Writer(model),
+        writer=writer,
     )
 
 

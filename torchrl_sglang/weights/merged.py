@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import WeightsError
+from .checkpoint import saved_buffers
 from .lazy import LazyWeights
 
 
@@ -29,7 +30,9 @@ def base_model(module: nn.Module) -> nn.Module:
 
 
 def base_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The base model's parameters under its own names; those of adapters are left out.
+    """The base model's parameters, and buffers of its checkpoint, under its own names.
+
+    What adapters add is left out.
 
     Where PEFT trains a copy of a whole module (``modules_to_save``), they are the copy's.
 
@@ -37,10 +40,18 @@ def base_weights(module: nn.Module) -> dict[str, torch.Tensor]:
         WeightsError: an adapter has no weights to merge, such as a prompt's.
     """
     _check_kinds(module)
-    named = {
+    parts = [*_parts(base_model(module))]
+    named: dict[str, torch.Tensor] = {
         f"{prefix}{name}": parameter
-        for prefix, part in _parts(base_model(module))
+        for prefix, part in parts
         for name, parameter in part.named_parameters(recurse=False)
+    }
+    saved = {id(buffer) for buffer in saved_buffers(module).values()}
+    named |= {
+        f"{prefix}{name}": buffer
+        for prefix, part in parts
+        for name, buffer in part.named_buffers(recurse=False)
+        if id(buffer) in saved
     }
     first = {id(parameter): name for name, parameter in reversed(named.items())}
     return {name: p for name, p in named.items() if first[id(p)] == name}  # tied ones once

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from .lazy import LazyWeights
-from .plan import Bucket
+from .plan import Bucket, TensorSpec
 
 NUM_BUFFERS = 2
 # From here on a broadcast per tensor costs less than the copy into one buffer.
@@ -29,7 +29,6 @@ class Payloads:
     Args:
         buckets: the plan.
         weights: the tensors, by name; those of `LazyWeights` are made as they are needed.
-        dtype: dtype in which they travel.
         device: device that sends.
         layout: see above.
         buffers: where to copy buckets together, 1-D uint8; made here by default.
@@ -40,14 +39,12 @@ class Payloads:
         buckets: Sequence[Bucket],
         weights: Mapping[str, torch.Tensor],
         *,
-        dtype: torch.dtype,
         device: torch.device,
         layout: Layout = "auto",
         buffers: Sequence[torch.Tensor] = (),
     ) -> None:
         self._buckets = buckets
         self._weights = weights
-        self._dtype = dtype
         self._device = device
         self.flattened = self._is_flattened(layout)
         self._buffers = list(buffers)
@@ -59,11 +56,12 @@ class Payloads:
         large = total >= LARGE_TENSOR_BYTES * sum(len(b.tensors) for b in self._buckets)
         if isinstance(self._weights, LazyWeights) or not large:
             return True
-        return not all(map(self._is_ready, self._weights.values()))
+        return not all(self._is_ready(spec) for b in self._buckets for spec in b.tensors)
 
-    def _is_ready(self, tensor: torch.Tensor) -> bool:
+    def _is_ready(self, spec: TensorSpec) -> bool:
+        tensor = self._weights[spec.name]
         return (
-            tensor.dtype is self._dtype and tensor.device == self._device and tensor.is_contiguous()
+            tensor.dtype is spec.dtype and tensor.device == self._device and tensor.is_contiguous()
         )
 
     def __call__(self, after: Callable[[int], None]) -> Iterator[list[torch.Tensor]]:
@@ -80,18 +78,18 @@ class Payloads:
                     after(index - NUM_BUFFERS)
                 yield [self._flattened(index, bucket)]
             else:
-                yield [self._travelling(spec.name) for spec in bucket.tensors]
+                yield [self._travelling(spec) for spec in bucket.tensors]
 
-    def _travelling(self, name: str) -> torch.Tensor:
-        whole = self._weights[name].detach()
-        return whole.to(self._device, self._dtype).contiguous()
+    def _travelling(self, spec: TensorSpec) -> torch.Tensor:
+        whole = self._weights[spec.name].detach()
+        return whole.to(self._device, spec.dtype).contiguous()
 
     def _flattened(self, index: int, bucket: Bucket) -> torch.Tensor:
         buffer = self._buffer(index)[: bucket.num_bytes]
         sources = [self._weights[spec.name].detach() for spec in bucket.tensors]
         places, start = [], 0
         for spec, source in zip(bucket.tensors, sources, strict=True):
-            place = buffer[start : start + spec.num_bytes].view(self._dtype)
+            place = buffer[start : start + spec.num_bytes].view(spec.dtype)
             places.append(place.view(source.shape))
             start += spec.num_bytes
         torch._foreach_copy_(places, sources)

@@ -21,15 +21,18 @@ class TensorSpec:
 
     Attributes:
         name: Hugging Face's name.
-        dtype: torch's name without ``torch.``.
+        dtype: dtype in which it travels.
         shape: its shape.
-        item_bytes: bytes of one element.
     """
 
     name: str
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    item_bytes: int
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
 
     @property
     def num_bytes(self) -> int:
@@ -42,12 +45,7 @@ class TensorSpec:
 
 def spec_of(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSpec:
     """How a tensor is announced that travels in ``dtype``."""
-    return TensorSpec(
-        name=name,
-        dtype=str(dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
-        item_bytes=dtype.itemsize,
-    )
+    return TensorSpec(name=name, dtype=dtype, shape=tuple(tensor.shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +62,14 @@ class Bucket:
     @classmethod
     def probe(cls, name: str) -> Self:
         """A bucket of one float32 element."""
-        spec = TensorSpec(name=name, dtype="float32", shape=(1,), item_bytes=4)
+        spec = TensorSpec(name=name, dtype=torch.float32, shape=(1,))
         return cls(tensors=(spec,))
 
     def announcement(self, group_name: str) -> dict[str, Any]:
         """The body of ``/update_weights_from_distributed``."""
         return {
             "names": [tensor.name for tensor in self.tensors],
-            "dtypes": [tensor.dtype for tensor in self.tensors],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors],
             "shapes": [list(tensor.shape) for tensor in self.tensors],
             "group_name": group_name,
             "load_format": FLATTENED,

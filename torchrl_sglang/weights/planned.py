@@ -17,7 +17,7 @@ from .expected import Expected, expected_model, model_config
 from .lazy import parts_of
 from .merged import MergedWeights, adapter_parameters, has_adapters, tuned_layers
 from .plan import Bucket, plan_buckets, spec_of
-from .served_dtype import served_dtype
+from .served_dtype import Dtypes, served_dtype
 from .sharded import ShardedWeights, is_sharded
 from .source import check_finite, matched, named_weights, unwrap
 from .verify import Verifier
@@ -30,7 +30,6 @@ class Plan:
     Attributes:
         weights: what is sent, under the names of the served model's checkpoint.
         sharded: those that ranks of the trainer gather for it, None if it is none.
-        dtype: dtype in which it travels, the servers' own.
         buckets: which tensors travel together.
         verifier: proves afterwards that it arrived.
         version: the weights' new version.
@@ -40,7 +39,6 @@ class Plan:
 
     weights: Mapping[str, torch.Tensor]
     sharded: ShardedWeights | None
-    dtype: torch.dtype
     buckets: list[Bucket]
     verifier: Verifier
     version: int
@@ -84,8 +82,10 @@ def make_plan(
     refuse_quantised(infos, model_path)
     named = matched(named_weights(source, config.translate), expected, partial=partial)
     if config.check_finite:
-        check_finite({**named, **_adapters(source)})
-    dtype = served_dtype(infos[0], expected)
+        # Buffers may be infinite for good, such as the bounds of what is not bounded.
+        numbers = {name: t for name, t in named.items() if name not in expected.optional}
+        check_finite({**numbers, **_adapters(source)})
+    dtypes = Dtypes(served=served_dtype(infos[0], expected), wide=expected.wide)
     weights = _made_when_sent(named, source, expected)
     sharded = weights if isinstance(weights, ShardedWeights) else None
     if copy:
@@ -94,22 +94,21 @@ def make_plan(
                 "sharded weights are gathered by all ranks together, which can't go on while they "
                 "train: push with WeightSyncConfig(non_blocking=False)."
             )
-        weights = {name: t.detach().to(dtype, copy=True) for name, t in weights.items()}
+        weights = {name: t.detach().to(dtypes.of(name), copy=True) for name, t in weights.items()}
     model = source if isinstance(source, nn.Module) else reference
     if sharded is not None:
         model = None
     sent = as_written(weights, expected.writer)
     whole = () if not partial else expected.names
-    verifier = Verifier(config, infos, sent, dtype, model, partial=partial, whole=whole)
+    verifier = Verifier(config, infos, sent, dtypes, model, partial=partial, whole=whole)
     if verifies:
         verifier.refuse_impossible()
         if copy:
             verifier.prepare()
-    specs = [spec_of(name, part, dtype) for name, part in parts_of(sent).items()]
+    specs = [spec_of(name, part, dtypes.of(name)) for name, part in parts_of(sent).items()]
     return Plan(
         weights=sent,
         sharded=sharded,
-        dtype=dtype,
         buckets=plan_buckets(specs, config.bucket_bytes),
         verifier=verifier,
         version=version,

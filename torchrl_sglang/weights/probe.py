@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ResponseError
+from .served_dtype import Dtypes
 from .source import unwrap
 
 NUM_TOKENS = 32
@@ -62,18 +63,18 @@ def parse_probe(answer: Any, ids: list[int]) -> list[float]:
 
 @torch.no_grad()
 def reference_log_probs(
-    model: nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, ids: list[int]
+    model: nn.Module, weights: Mapping[str, torch.Tensor], dtypes: Dtypes, ids: list[int]
 ) -> list[float]:
     """What the trainer's model gives ``ids[1:]``, computed with the weights as they were sent.
 
     Args:
         model: the model, also in a wrapper.
         weights: what was sent, by the names of its parameters; it has others of its own.
-        dtype: dtype in which it was sent.
+        dtypes: dtypes in which it was sent.
         ids: the prompt.
     """
     model = unwrap(model)
-    sent = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
+    sent = {name: tensor.detach().to(dtypes.of(name)) for name, tensor in weights.items()}
     inputs = torch.tensor([ids], dtype=torch.int64, device=next(iter(sent.values())).device)
     training = [module for module in model.modules() if module.training]
     model.eval()

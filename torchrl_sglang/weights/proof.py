@@ -12,6 +12,7 @@ from ..errors import VerificationError, count_of
 from ..info import WorkerInfo
 from .checksum import RankChecksums, disagreements, expected_checksums, mismatches
 from .lazy import parts_of
+from .served_dtype import Dtypes
 from .shards import FAMILIES, Heads, Rank, heads_of, ignored, why_unknown
 from .shards import parts_of as fused_of
 from .source import shown
@@ -57,7 +58,7 @@ class ChecksumProof:
 
     Args:
         weights: what was sent, in the checkpoint's names.
-        dtype: dtype in which the servers hold it.
+        dtypes: dtypes in which the servers hold it.
         config_of: the model config of what a server serves, or None.
         partial: a part of the model was sent, and only that is looked at.
     """
@@ -65,13 +66,13 @@ class ChecksumProof:
     def __init__(
         self,
         weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
+        dtypes: Dtypes,
         config_of: Callable[[WorkerInfo], Any | None],
         *,
         partial: bool = False,
     ) -> None:
         self._weights = weights
-        self._dtype = dtype
+        self._dtypes = dtypes
         self._config_of = config_of
         self._partial = partial
         self._shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(weights).items()}
@@ -169,7 +170,7 @@ class ChecksumProof:
             self._known[key] = expected_checksums(
                 names,
                 self._weights,
-                dtype=self._dtype,
+                dtypes=self._dtypes,
                 rank=rank,
                 on_gpu=on_gpu,
                 device=self._device if on_gpu else None,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, NotConnectedError, RequestRefusedError, WeightsError
+from .checkpoint import saved_buffers
 from .expected import Expected, expected_model
 from .merged import base_weights, has_adapters
 from .result import PushResult
@@ -27,8 +28,8 @@ def get_model_metadata(model: Any) -> dict[str, tuple[torch.dtype, torch.Size]]:
 
     Args:
         model: module, also in TorchRL's, DDP's or ``torch.compile``'s wrapper, or anything else
-            that can be pushed; of a PEFT model the base model's. Tied parameters appear once,
-            buffers not at all (a state dict and a TensorDict may have some, which do no harm).
+            that can be pushed; of a PEFT model the base model's. Tied parameters appear once, of
+            buffers those of a checkpoint (a TensorDict may have others, which do no harm).
 
     Returns:
         By Hugging Face's names, what ``service.get_model_metadata()`` returns for the served model.
@@ -38,7 +39,11 @@ def get_model_metadata(model: Any) -> dict[str, tuple[torch.dtype, torch.Size]]:
     """
     if isinstance(model, nn.Module):
         inner = unwrap(model)
-        found = base_weights(inner) if has_adapters(inner) else dict(inner.named_parameters())
+        found = (
+            base_weights(inner)
+            if has_adapters(inner)
+            else {**dict(inner.named_parameters()), **saved_buffers(inner)}
+        )
         named: Mapping[str, torch.Tensor] = {plain_name(name): p for name, p in found.items()}
         if not named:
             raise WeightsError(f"this {type(model).__name__} has no parameters.")

@@ -158,7 +158,7 @@ def shared_message(buffer: torch.Tensor, tensors: Sequence[TensorSpec]) -> str:
             types.SimpleNamespace(
                 name=spec.name,
                 shape=torch.Size(spec.shape),
-                dtype=getattr(torch, spec.dtype),
+                dtype=spec.dtype,
                 start_idx=start,
                 end_idx=start + spec.num_bytes,
                 numel=spec.num_bytes,

@@ -234,10 +234,11 @@ def served_names(
     missing = []
     for name in expected.parameters:
         written = expected.writer.shapes.get(name, {})
-        if name not in found:
+        if name in found:
+            if twice := [w for w in written if w in found]:
+                raise WeightsError(f"the weights have {name}, and parts of it too: {shown(twice)}.")
+        elif name not in expected.optional:
             missing += [w for w in written if w not in found] or ([] if written else [name])
-        elif twice := [w for w in written if w in found]:
-            raise WeightsError(f"the weights have {name}, and parts of it too: {shown(twice)}.")
     if missing and not partial:
         raise WeightsError(
             f"of {len(expected.parameters)} parameters of {expected.model_path}, {len(missing)} "

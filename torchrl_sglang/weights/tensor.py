@@ -82,14 +82,12 @@ class TensorCarrier(Carrier):
         self,
         buckets: list[Bucket],
         weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
         timer: StepTimer,
     ) -> str:
         """Carries all buckets; see `Carrier.transfer`."""
         payloads = Payloads(
             buckets,
             weights,
-            dtype=dtype,
             device=self._device,
             layout="flattened",
             buffers=self._buffers,

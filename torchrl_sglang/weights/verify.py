@@ -20,6 +20,7 @@ from .lazy import parts_of
 from .merged import has_adapters
 from .probe import parse_probe, probe_body, probe_ids, reference_log_probs
 from .proof import ChecksumProof, family_of, why_unprovable
+from .served_dtype import Dtypes
 from .shards import FAMILIES, without_siblings
 from .source import shown, unwrap
 from .watch import push_error
@@ -40,7 +41,7 @@ class Verifier:
         config: which method is wanted.
         infos: the servers.
         weights: what is sent, in the checkpoint's names.
-        dtype: dtype in which the servers hold it.
+        dtypes: dtypes in which the servers hold it.
         model: the trainer's model, for the probe.
         partial: ``weights`` are a part of the model.
         whole: the names of all that the checkpoint has, where they may be a part.
@@ -54,7 +55,7 @@ class Verifier:
         config: WeightSyncConfig,
         infos: Sequence[WorkerInfo],
         weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
+        dtypes: Dtypes,
         model: nn.Module | None,
         *,
         partial: bool = False,
@@ -65,7 +66,7 @@ class Verifier:
         self._partial = partial
         self._infos = infos
         self._weights = weights
-        self._dtype = dtype
+        self._dtypes = dtypes
         self._model = model
         self._model_config = getattr(unwrap(model), "config", None) if model is not None else None
         self._unproved = ""
@@ -147,7 +148,7 @@ class Verifier:
                 weights = dict(inner.named_parameters())
             _check_names(inner, weights)
             ids = probe_ids(_num_embeddings(inner, weights))
-            scores = reference_log_probs(self._model, weights, self._dtype, ids)
+            scores = reference_log_probs(self._model, weights, self._dtypes, ids)
             self._probe = (ids, scores)
         return self._probe
 
@@ -173,7 +174,7 @@ class Verifier:
             _parsed(info.url, parse_checksums, answer, info.tp_size, info.num_copies)
             for info, answer in zip(engines.infos, given, strict=True)
         ]
-        proof = ChecksumProof(self._weights, self._dtype, self._config_of, partial=self._partial)
+        proof = ChecksumProof(self._weights, self._dtypes, self._config_of, partial=self._partial)
         unproved = proof.unproved(engines.infos, answers)
         if unproved:
             reason = next(iter(unproved.values()))
@@ -203,7 +204,8 @@ class Verifier:
 
 def _check_names(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Raises `VerificationError` where a model can't compute with weights that have other names."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = {name for name, _ in [*parameters, *model.named_buffers()]}
     if other := [name for name in weights if name not in names]:
         raise VerificationError(
             f"the model that a probe compares with has no {shown(other)}, as the checkpoint has: "
