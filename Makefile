@@ -7,6 +7,7 @@
 #                For the small one: make env TORCH_INDEX=<url of a PyTorch CPU wheel index>
 #   DEMO_ARGS    more arguments for the demo, as in: make demo DEMO_ARGS="--iterations 3"
 #   PYTEST_ARGS  more arguments for pytest, as in: make test PYTEST_ARGS="-k weights -x"
+#   JOBS         processes that tests run in, each with servers of its own (default: 2)
 #   VERSIONS     releases for test-versions, as in: make test-versions VERSIONS="0.5.17 0.5.20"
 
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -15,12 +16,15 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 TORCH_INDEX ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 VERSIONS ?=
 
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
 PIP := $(IN_VENV) -m pip --disable-pip-version-check --no-input
 PINS := requirements/engine-cpu.txt requirements/dev.txt
+# Files of tests are given out whole, since their servers are shared.
+IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Written last: its absence means that the environment is not there or not whole.
 STAMP := $(VENV)/.complete
 
@@ -31,12 +35,12 @@ export PIP_USER := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test test-faults test-versions lint format docs clean clean-env
+.PHONY: help env demo test test-slow test-faults test-versions lint format docs clean clean-env
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
 	while IFS='|' read -r name what; do printf 'make %-14s %s\n' "$$name" "$$what"; done
-	@echo 'Variables: PYTHON, TORCH_INDEX, DEMO_ARGS, PYTEST_ARGS, VERSIONS; the top of the Makefile' \
+	@echo 'Variables: PYTHON, TORCH_INDEX, DEMO_ARGS, PYTEST_ARGS, JOBS, VERSIONS; the top of the Makefile' \
 		'says more.'
 
 env: $(STAMP) ## create .venv with the pinned CPU engine, the tools and this package
@@ -45,7 +49,11 @@ demo: $(STAMP) ## train a tiny model against a real SGLang server on the CPU
 	$(IN_VENV) examples/demo.py $(DEMO_ARGS)
 
 test: $(STAMP) ## run the test suite against a real SGLang server on the CPU
-	$(IN_VENV) -m pytest $(PYTEST_ARGS)
+	$(IN_VENV) -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## run the tests that need servers of other shapes, or long; writes their report
+	TESTS_REPORT=benchmarks/results/slow_tests_cpu.md $(IN_VENV) -m pytest -m slow $(IN_PARALLEL) \
+		$(PYTEST_ARGS)
 
 test-faults: $(STAMP) ## every fault at every step of a weight push; writes the table of the docs
 	FAULTS_REPORT=benchmarks/results/faults_cpu.md $(IN_VENV) -m pytest test/llm/test_faults.py \

@@ -239,8 +239,10 @@ class DataClient:
                 if await self._calls.recovered():
                     give_up = None
                 await asyncio.sleep(backoff)
-                request = replace(request, rid=f"{rid}-{attempt}")
                 attempt += 1
+                # A server aborts what begins with the id that it is given, and the attempt before
+                # is aborted once its connection is seen to be gone: maybe after this one was sent.
+                request = replace(request, rid=f"~{attempt}~{rid}")
         finally:
             self._sent_rids.pop(first_rid, None)
 

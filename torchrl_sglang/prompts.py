@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from .rollout.padding import (
     prompt_masks,
     values_of,
 )
+from .rollout.texts import as_messages
 from .rollout.turns import Message, SpecialTokens, Turn, TurnMemory, chat_key, last_answer
 
 InputMode = Literal["history", "text", "tokens"]
@@ -172,23 +173,23 @@ def check_texts(texts: Sequence[str]) -> None:
 
 
 def _turn_before(
-    chats: Chats, messages: Sequence[Message], text: str, carried: Turn | None, spec: PromptSpec
+    chats: Chats, messages: Sequence[Message], text: str, carried: Sequence[Turn], spec: PromptSpec
 ) -> Turn | None:
     """The turn that this chat goes on from, with the very tokens that it had."""
     if not spec.carry_turns:
         return None
     answer = last_answer(messages)
     chat = None if answer is None else chat_key(messages[: answer + 1])
-    if carried is not None:
-        same_chat = chat is not None and carried.chat == chat
-        if same_chat or chats.goes_on_from(carried, messages, text):
-            return carried
+    for turn in carried:
+        same_chat = chat is not None and turn.chat == chat
+        if same_chat or chats.goes_on_from(turn, messages, text):
+            return turn
     return None if chat is None else spec.memory.find(chat)
 
 
-def _carried(td: TensorDictBase, spec: PromptSpec) -> list[Turn | None]:
-    """Each row's turn before, where the TensorDict still has its tokens."""
-    turns: list[Turn | None] = [None] * td.batch_size[0]
+def _carried(td: TensorDictBase, spec: PromptSpec) -> list[Sequence[Turn]]:
+    """Each row's turn before, where the TensorDict still has its tokens, in all its readings."""
+    turns: list[Sequence[Turn]] = [()] * td.batch_size[0]
     if spec.tokens_key is None or not spec.carry_turns:
         return turns
     rows, masks = _ids_below(td, "full", spec)
@@ -236,18 +237,29 @@ def _plain(value: Any) -> Any:
 
 def _known_or_read(
     ids: list[int], mask: Any, text: Any, answer: Any, spec: PromptSpec
-) -> Turn | None:
-    """A turn that is remembered, else one made of what the TensorDict has of it."""
+) -> Sequence[Turn]:
+    """A turn that is remembered, else one made of what the TensorDict has of it.
+
+    Where the tokenizer drops the space before a text, a chat's next prompt may have the answer with
+    or without it, as the template likes.
+    """
     known = spec.memory.with_tokens(ids)
     if known is None and mask is None and ids[-1] == spec.tokenizer.pad_token_id:
         known = spec.memory.with_tokens(ids[:-1])  # where EOS is the pad, only a mask could tell
-    if known is not None or not isinstance(text, str) or not text:
-        return known
+    if known is not None:
+        return (known,)
+    if not isinstance(text, str) or not text:
+        return ()
     ending = spec.tokenizer.decode(ids[-1:]) if ids[-1] in spec.special.ids else ""
     without = text.removesuffix(ending)
     if without == text and ending and spec.tokenizer.decode(ids) != text + ending:
-        return None  # what else the text left out can't be told
-    return Turn(ids=ids, text=without, cut=ending, answered=answer is None or bool(answer))
+        return ()  # what else the text left out can't be told
+    turn = Turn(ids=ids, text=without, cut=ending, answered=answer is None or bool(answer))
+    if spec.mode != "history" or not isinstance(answer, str) or not text.endswith(answer):
+        return (turn,)
+    [said] = as_messages([answer], None, spec.tokenizer)
+    bare = (text[: len(text) - len(answer)] + said).removesuffix(ending)
+    return (turn,) if bare == without else (turn, replace(turn, text=bare))
 
 
 def _ready_tokens(
@@ -342,9 +354,9 @@ def _turns_before(
         end = turn.end_in(text, spec.special)
         return end is not None and turn.answered and _has_room(turn, text[end:], spec)
 
-    def turn_of(text: str, carried: Turn | None) -> Turn | None:
-        if carried is not None and goes_on(text, carried):
-            return carried
+    def turn_of(text: str, carried: Sequence[Turn]) -> Turn | None:
+        if found := next((turn for turn in carried if goes_on(text, turn)), None):
+            return found
 
         def holds(turn: Turn) -> bool:
             end = turn.end_in(text, spec.special)

@@ -20,9 +20,39 @@ from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("tests", deadline=None)  # machines are noisy
 settings.load_profile("tests")
+LONG = {
+    *("test_launch", "test_exit", "test_docs", "test_replicas", "test_faults", "test_sharded"),
+    *("test_experts", "test_data_parallel", "test_extras", "test_weights", "test_adapter_push"),
+    *("test_abort", "test_admission", "test_options", "test_skip_tokenizer", "test_restart"),
+}
 # A shell's background jobs ignore Ctrl-C, and so do their children: some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts servers of its own comes first, so that no process ends long after others."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Writes what ran, how it ended and how long it took, where ``TESTS_REPORT`` names a file."""
+    if not (path := os.environ.get("TESTS_REPORT")):
+        return
+    took: dict[str, float] = {}
+    ends: dict[str, str] = {}
+    for outcome in ("passed", "skipped", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            ends[report.nodeid] = outcome
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                took[report.nodeid] = took.get(report.nodeid, 0.0) + report.duration
+    rows = [f"| `{name}` | {end} | {took[name]:.1f} |\n" for name, end in sorted(ends.items())]
+    machine = f"torch {torch.__version__}, {os.cpu_count()} cores\n\n"
+    head = "| test | end | seconds |\n|---|---|---|\n"
+    Path(path).write_text(machine + head + "".join(rows))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts, Weight
 from torchrl_sglang.errors import TopologyError, VerificationError
 from torchrl_sglang.weights.disk import DiskCarrier
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60)), [9, 8], [77]]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
 

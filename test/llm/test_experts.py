@@ -18,6 +18,8 @@ from torchrl_sglang.errors import VerificationError
 from torchrl_sglang.weights.checkpoint import as_written
 from torchrl_sglang.weights.expected import expected_model
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 6, 7], [200, 201, 202, 203], list(range(40, 60))]
 ALL = {"max_new_tokens": 24, "ignore_eos": True}
 

@@ -253,6 +253,7 @@ scheme.send(AutoModelForCausalLM.from_pretrained(path))
 """
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_killed_in_mid_push(
     service: AsyncSGLang,
     attached: AsyncSGLang,
@@ -347,6 +348,7 @@ def killing(
     return killed_at
 
 
+@pytest.mark.slow
 def test_servers_that_are_killed_in_mid_push(
     two: AsyncSGLang, model: Any, monkeypatch: pytest.MonkeyPatch, report: list[str]
 ) -> None:

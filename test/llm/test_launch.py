@@ -134,10 +134,10 @@ def parents(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     made.close()
 
 
-ENDS: list[str | signal.Signals] = [
-    "exit",
+ENDS = [
+    pytest.param("exit", marks=pytest.mark.slow),
     "raise",
-    signal.SIGINT,
+    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     signal.SIGTERM,
     signal.SIGKILL,
 ]

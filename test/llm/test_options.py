@@ -99,6 +99,7 @@ def run_router(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120.0, check=False)
 
 
+@pytest.mark.slow
 def test_the_mini_load_balancer_is_the_routers_own() -> None:
     """What is put in its place, until somebody asks for it, hands over to it."""
     asked = run_router("--mini-lb")

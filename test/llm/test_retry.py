@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -76,6 +77,24 @@ def test_a_passing_failure_is_not_noticed(
     assert first.pop("rid") != second["rid"]
     assert completion.rid == second.pop("rid")
     assert first == second
+
+
+def test_an_abort_of_the_attempt_before_leaves_the_next_alone(
+    retrying: AsyncSGLang, proxy: FaultProxy
+) -> None:
+    """A server aborts one whose connection is gone seconds later, and all ids that begin so."""
+    proxy.faults["/generate"] = Fault(status=500, times=1)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(retrying.generate, [5, 6], {**SHORT, "max_new_tokens": 300})
+        deadline = time.monotonic() + 20.0
+        while len(sent(proxy)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        first, second = sent(proxy)
+        time.sleep(0.2)  # until it generates
+        retrying.workers[0].post("/abort_request", {"rid": first["rid"]})
+        assert answer.result(60.0).rid == second["rid"]
+    assert len(answer.result().output_ids) == 300
+    assert not second["rid"].startswith(first["rid"])
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)

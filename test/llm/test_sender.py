@@ -267,11 +267,15 @@ def test_metadata_of_a_tensordict(service: AsyncSGLang, model: Any) -> None:
     receiver.init_all_workers_group(metadata)
 
 
-def test_metadata_says_the_trainers_dtype_and_no_buffers(model: Any) -> None:
+def test_metadata_says_the_trainers_dtype_and_what_a_checkpoint_has(model: Any) -> None:
     assert get_model_metadata(model.float())[NORM][0] is torch.float32
     assert "inv_freq" not in " ".join(get_model_metadata(model))
-    model.register_buffer("extra", torch.zeros(1))
-    assert "extra" not in get_model_metadata(model)
+    model.register_buffer("computed", torch.zeros(1), persistent=False)
+    model.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+    model.register_buffer("scale", torch.zeros(1))
+    assert "computed" not in get_model_metadata(model)
+    assert "count" not in get_model_metadata(model)
+    assert "scale" in get_model_metadata(model)
 
 
 def test_metadata_of_what_has_none() -> None:

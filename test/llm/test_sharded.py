@@ -37,6 +37,7 @@ def test_what_is_wrong_is_said_on_both_ranks(service: AsyncSGLang, model_path: A
     assert service.state.value == "synced"
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_in_mid_push(
     proxied: AsyncSGLang, proxy: FaultProxy, model_path: Any, restore_weights: None
 ) -> None:

@@ -13,12 +13,12 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text
 from transformers import PreTrainedTokenizerFast
 
-from torchrl_sglang import AsyncSGLang, SGLangWrapper
+from torchrl_sglang import AsyncSGLang, Completion, SGLangWrapper
 from torchrl_sglang.errors import InputError
 from torchrl_sglang.rollout.chats import ChatFormat, Chats
 from torchrl_sglang.rollout.padding import Row, prompt_masks
 from torchrl_sglang.rollout.spans import assistant_spans
-from torchrl_sglang.rollout.texts import as_messages, decode, decode_answers
+from torchrl_sglang.rollout.texts import as_messages, contents, decode, decode_answers
 from torchrl_sglang.rollout.tokenizers import special_tokens
 from torchrl_sglang.rollout.turns import (
     SENTINEL,
@@ -295,10 +295,62 @@ def test_the_space_before_an_answer_is_in_its_text(spaced: Any) -> None:
     assert any(text.startswith(" ") for text in texts)
     assert any(not text.startswith(" ") for text in texts)
     assert decode_answers([[*a, 2] for a in answers], spaced, skip_special_tokens=True) == texts
-    assert as_messages([" a", "b", " c"], [None, None, "x"], spaced) == ["a", "b", " c"]
+    begun = [None, None, "x", " "]
+    assert as_messages([" a", "b", " c", " d"], begun, spaced) == ["a", "b", " c", "d"]
     assert as_messages([" a", "b"], None, TOKENIZER) == [" a", "b"]
     ids = TOKENIZER("a b", add_special_tokens=False)["input_ids"]
     assert decode_answers([ids], TOKENIZER) == decode([ids], TOKENIZER) == ["a b"]
+
+
+@pytest.fixture
+def worded() -> Any:
+    """A tokenizer of whole words, joined with spaces, of which "x" is none."""
+    vocabulary = {"[UNK]": 0, "[EOS]": 1, "up": 2, "down": 3, "left": 4}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="[EOS]")
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_special_tokens": True}], ids=str)
+def test_what_stands_before_an_answer_is_no_special_token(worded: Any, options: Any) -> None:
+    assert decode_answers([[2, 3, 4], []], worded, **options) == ["up down left", ""]
+
+
+def test_a_tokenizer_that_drops_a_space_but_writes_none(spaced: Any) -> None:
+    """As CodeLlama's without add_prefix_space."""
+    made = Tokenizer.from_str(spaced.backend_tokenizer.to_str())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    never = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    word = never.convert_tokens_to_ids("\u2581quick")
+    assert never.decode([word]) == "quick"
+    assert decode_answers([[word]], never) == [" quick"]
+
+
+def completed(ids: list[int], matched: Any) -> Completion:
+    return Completion(
+        rid="a",
+        output_ids=ids,
+        log_probs=None,
+        text=None,
+        finish_type="stop",
+        matched_stop=matched,
+        prompt_tokens=1,
+        cached_tokens=0,
+        version_spans=(),
+        latency_s=None,
+    )
+
+
+def test_what_ends_an_answer_takes_its_space_along(spaced: Any) -> None:
+    quick, fox = spaced.convert_tokens_to_ids(["\u2581quick", "\u2581fox"])
+    ended = [completed([fox], fox), completed([quick, fox], fox), completed([quick, 2], 2)]
+    decoded = decode_answers([each.output_ids for each in ended], spaced)
+    assert contents(ended, decoded, spaced, special_tokens(spaced)) == ["", " quick", " quick"]
+    assert contents(ended, ["fox", "quick fox", "quick</s>"], spaced, special_tokens(spaced)) == [
+        "",
+        "quick",
+        "quick",
+    ]
 
 
 def policy_of(
@@ -350,6 +402,29 @@ def test_a_message_begins_with_no_space(service: AsyncSGLang, spaced: Any, conti
     said = out["history"].response[-1].content
     assert out["text"].full == spaced.decode(out["tokens"].full)
     assert said == ("the" if continues else "") + out["text"].response[0 if continues else 1 :]
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_chat_that_another_process_began(service: AsyncSGLang, spaced: Any, space: str) -> None:
+    """Which knows it from its TensorDict alone, whatever its template writes before an answer."""
+    template = "{% for m in messages %}" + (
+        "{% if m.role == 'user' %}{{ m.content }}</s>{% else %}"
+        + space
+        + "{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    options = {"chat_template": template, "pad_output": False}
+    first = [says("user", "jumps")]
+    td = TensorDict(history=ChatHistory(prompt=History.from_chats([first])), batch_size=1)
+    out = policy_of(service, spaced, **options)(td)
+    sampled, said = out[0]["tokens"].full, out[0]["history"].response[-1].content
+    assert not said.startswith(" ")
+    chat = [*first, says("assistant", said), says("user", "the")]
+    again = TensorDict(history=ChatHistory(prompt=History.from_chats([chat])), batch_size=1)
+    for key in ("tokens", "masks", "text"):
+        again[key] = out[key]
+    row = policy_of(service, spaced, **options)(again)[0]
+    assert torch.equal(row["tokens"].prompt[: len(sampled)], sampled)
+    assert row["tokens"].prompt[len(sampled) :].tolist()[0] == 2
 
 
 def test_the_callers_mask_comes_before_one_that_was_left_over() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from tiny_model import make_model, make_tokenizer
 from transformers import Gemma3ForConditionalGeneration
 from transformers.models.gemma3.configuration_gemma3 import Gemma3Config
 
+import torchrl_sglang.weights.verify as verify_module
+from torchrl_sglang import WeightSyncConfig
 from torchrl_sglang.errors import VerificationError, WeightsError
 from torchrl_sglang.weights.checkpoint import CheckpointWeights, Writer, as_written
 from torchrl_sglang.weights.expected import expected_model
 from torchrl_sglang.weights.lazy import LazyWeights
 from torchrl_sglang.weights.sender import check_metadata, get_model_metadata
-from torchrl_sglang.weights.source import matched, named_weights
-from torchrl_sglang.weights.verify import _check_names
+from torchrl_sglang.weights.served_dtype import Dtypes
+from torchrl_sglang.weights.source import check_no_nan, matched, named_weights
+from torchrl_sglang.weights.verify import Verifier, _check_names
 
 
 def gemma3() -> Any:
@@ -142,6 +146,56 @@ def test_an_adapters_base_model_has_its_buffers(tmp_path: Path) -> None:
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     assert set(matched(named_weights(adapted), expected)) == set(expected.parameters)
     assert set(get_model_metadata(adapted)) == set(expected.parameters)
+
+
+def test_buffers_below_wrappers(tmp_path: Path) -> None:
+    """Which change the names of a state dict, and not those of modules."""
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+    )
+
+    model = glm4_moe()
+    model.save_pretrained(tmp_path)
+    expected = expected_model(str(tmp_path))
+    apply_activation_checkpointing(model, check_fn=lambda m: m is model.model.layers[1])
+    assert set(matched(named_weights(model), expected)) == set(expected.parameters)
+    assert set(get_model_metadata(model)) == set(expected.parameters)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert set(matched(named_weights(adapted), expected)) == set(expected.parameters)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_probe_rounds_what_is_sent_as_it_is_sent(tmp_path: Path, adapted: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = ernie4_5_moe()
+    model.save_pretrained(tmp_path)
+    expected = expected_model(str(tmp_path))
+    asked: list[Any] = []
+
+    def scores(model: Any, weights: Any, dtypes: Any, ids: list[int]) -> list[float]:
+        asked.append({name: dtypes.of(name) for name in weights})
+        return []
+
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    weights = matched(named_weights(model), expected)
+    dtypes = Dtypes(served=torch.bfloat16, wide=expected.wide)
+    verifier = Verifier(WeightSyncConfig(verify_method="probe"), [], weights, dtypes, model)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verify_module, "reference_log_probs", scores)
+        verifier._reference()
+    wide = {n for n, dtype in asked[0].items() if dtype is torch.float32}
+    held = expected.wide & expected.parameters.keys()
+    assert {n.removeprefix("base_model.model.") for n in wide} == held
+    assert held
+
+
+def test_nan_in_a_buffer(tmp_path: Path) -> None:
+    check_no_nan({"bounds": torch.tensor([math.inf, -math.inf]), "bias": torch.zeros(3)})
+    with pytest.raises(WeightsError, match="NaN in 1 buffer: bias"):
+        check_no_nan({"bounds": torch.tensor([math.inf]), "bias": torch.tensor([0.0, math.nan])})
 
 
 def test_a_model_that_is_written_as_it_is() -> None:

@@ -75,6 +75,7 @@ def some_tensors() -> list[torch.Tensor]:
     return [*tensors, table.t(), table[:, 3:8], torch.tensor(1.5), torch.empty(0), torch.zeros(9)]
 
 
+@pytest.mark.slow
 def test_the_gpu_hash_is_sglangs_own(tmp_path: Path) -> None:
     tensors = some_tensors()
     torch.save(tensors, tmp_path / "tensors.pt")

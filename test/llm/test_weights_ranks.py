@@ -21,6 +21,8 @@ from torchrl_sglang.weights.served_dtype import Dtypes
 from torchrl_sglang.weights.shards import Rank, heads_of
 from torchrl_sglang.weights.source import named_weights
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.1."
 
 

@@ -240,6 +240,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_sglangs_own_models_hold_the_same(loaded: dict[str, Any], family: str) -> None:
     """Every parameter of every rank, for 1, 2, 4 and 8 ranks, loaded by SGLang itself."""

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrl.modules.llm import TransformersWrapper
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
+from torchrl_sglang import get_model_metadata
 from torchrl_sglang.errors import WeightsError
 from torchrl_sglang.weights.expected import Expected, expected_model, expected_parameters
 from torchrl_sglang.weights.source import matched, named_weights, shown, unwrap
@@ -336,6 +337,8 @@ def test_fsdp1_is_refused(tied_model: Any, alone: None) -> None:
     for source in (wrapped, nn.ModuleDict({"module": wrapped})):
         with pytest.raises(WeightsError, match="assist_push"):
             named_weights(source)
+        with pytest.raises(WeightsError, match="assist_push"):
+            get_model_metadata(source)
 
 
 def test_unwrap_stops_at_the_model(tied_model: Any) -> None:

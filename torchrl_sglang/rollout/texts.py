@@ -52,20 +52,23 @@ def decode_answers(ids: list[list[int]], tokenizer: Any, **kwargs: Any) -> list[
         kwargs: of its ``batch_decode``.
     """
     anchor = _anchor(tokenizer)
-    rows = ids if anchor is None else [[anchor[0], *row] for row in ids]
+    rows = ids if anchor is None else [[anchor], *([anchor, *row] for row in ids)]
     texts = tokenizer.batch_decode(rows, **kwargs) if kwargs else decode(rows, tokenizer)
-    return texts if anchor is None else [text[len(anchor[1]) :] for text in texts]
+    return texts if anchor is None else [text[len(texts[0]) :] for text in texts[1:]]
 
 
 @functools.lru_cache(maxsize=8)
-def _anchor(tokenizer: Any) -> tuple[int, str] | None:
-    """A token and its text, where tokens are other texts behind it than alone; else None."""
-    ids = tokenizer("x", add_special_tokens=False)["input_ids"]
-    if not ids:
-        return None
-    alone = tokenizer.decode(ids[:1])
-    behind = tokenizer.decode([ids[0], ids[0]])
-    return None if behind == alone + alone else (ids[0], alone)
+def _anchor(tokenizer: Any) -> int | None:
+    """A plain token, where what is decoded behind it differs from what is decoded alone."""
+    ids = tokenizer("x x", add_special_tokens=False)["input_ids"]
+    starts = [ids[start:] for start in range(len(ids))]
+    for first in dict.fromkeys(ids):
+        if first in tokenizer.all_special_ids:
+            continue
+        alone = tokenizer.decode([first])
+        if any(tokenizer.decode([first, *r]) != alone + tokenizer.decode(r) for r in starts):
+            return int(first)
+    return None
 
 
 def as_messages(
@@ -81,7 +84,7 @@ def as_messages(
     if _anchor(tokenizer) is None:
         return decoded
     return [
-        text if before else text.removeprefix(" ")
+        text if before and before.strip() else text.removeprefix(" ")
         for text, before in zip(decoded, begun or [None] * len(decoded), strict=True)
     ]
 
@@ -208,6 +211,9 @@ def _content(text: str, completion: Completion, tokenizer: Any, special: Special
     last = completion.output_ids[-1:]
     ended_by_special = completion.finish_type == "stop" and special.ids.issuperset(last)
     if last and (_ended_by_id(completion) or ended_by_special or last == [tokenizer.eos_token_id]):
+        behind = decode_answers([last], tokenizer)[0]
+        if behind and text.endswith(behind):
+            return text[: -len(behind)]
         return text.removesuffix(tokenizer.decode(last, skip_special_tokens=False))
     return _before_stop(text, completion, special)
 

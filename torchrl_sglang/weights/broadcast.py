@@ -28,6 +28,7 @@ ROUTE = "/update_weights_from_distributed"
 PROBE_NAME = "model.layers.0.self_attn.rotary_emb.inv_freq"
 # A server that does not answer shall be named before the trainer's end runs out of time too.
 JOIN_LAG_S = 2.0
+STORE_RETRY_S = 5.0  # how long torch pauses at most between two tries to reach a store
 # Of one broadcast over NCCL: never reached, since torch ends the whole process when it is.
 NCCL_OPERATION_S = 7 * 24 * 3600.0
 CLEAN_UP_S = 2.0  # how long a server has for what nobody waits for
@@ -106,7 +107,8 @@ class Broadcast(Carrier):
         joined = in_thread(
             lambda: self._join(rendezvous, name),
             "torchrl_sglang-join",
-            exit_waits_s=2 * (timeout_s + JOIN_LAG_S),  # its bounds count from where it stands
+            # Its bounds count from where it stands, and a store that is gone is tried for twice.
+            exit_waits_s=2 * (timeout_s + JOIN_LAG_S) + STORE_RETRY_S,
         )
         try:
             watch({**invited, joined: None}, step="init", timeout_s=timeout_s)

@@ -57,9 +57,12 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Some steer what is computed: the biases that balance experts, the scale of a layer.
     """
-    state = model.state_dict(keep_vars=True)
-    found = {name: buffer for name, buffer in model.named_buffers() if name in state}
-    return {name: buffer for name, buffer in found.items() if buffer.is_floating_point()}
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+    }
 
 
 def as_written(weights: Mapping[str, torch.Tensor], writer: Writer) -> Mapping[str, torch.Tensor]:

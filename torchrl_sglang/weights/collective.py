@@ -62,7 +62,13 @@ class Rendezvous:
         )
 
     def member(self) -> TCPStore:
-        """A connection of its own, so that closing the store frees a thread that waits in it."""
+        """A connection of its own, so that closing the store frees a thread that waits in it.
+
+        Raises:
+            ConnectionError: the store is closed.
+        """
+        if self._master is None:
+            raise ConnectionError("the store at which trainer and servers meet is closed")
         return TCPStore(
             self.address,
             self.port,

@@ -21,7 +21,8 @@ class Expected:
         parameters: dtype and shape of each, tied ones once, in the model's order, and then of each
             buffer that a checkpoint has, such as the biases that balance experts.
         tied: names that share their memory with one of these, and which one.
-        optional: names of those buffers, which not every trainer has.
+        optional: names of those buffers, the model's and the checkpoint's; not every trainer has
+            them.
         buffers: names of the other buffers, which the servers compute themselves.
         wide: names, the model's and the checkpoint's, of what stays float32 in every checkpoint.
         dtype: dtype of the checkpoint.
@@ -76,7 +77,7 @@ def expected_model(model_path: str) -> Expected:
             for name, p in everything.items()
             if name not in parameters
         },
-        optional=frozenset(saved),
+        optional=frozenset(saved).union(*(writer.shapes.get(name, ()) for name in saved)),
         buffers=frozenset(name for name, _ in model.named_buffers()) - saved.keys(),
         wide=wide.union(*(writer.shapes.get(name, ()) for name in wide)),
         dtype=model.config.dtype or next(model.parameters()).dtype,

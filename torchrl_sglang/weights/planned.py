@@ -19,7 +19,7 @@ from .merged import MergedWeights, adapter_parameters, has_adapters, tuned_layer
 from .plan import Bucket, plan_buckets, spec_of
 from .served_dtype import Dtypes, served_dtype
 from .sharded import ShardedWeights, is_sharded
-from .source import check_finite, matched, named_weights, unwrap
+from .source import check_finite, check_no_nan, matched, named_weights, unwrap
 from .verify import Verifier
 
 
@@ -85,6 +85,7 @@ def make_plan(
         # Buffers may be infinite for good, such as the bounds of what is not bounded.
         numbers = {name: t for name, t in named.items() if name not in expected.optional}
         check_finite({**numbers, **_adapters(source)})
+        check_no_nan({name: t for name, t in named.items() if name in expected.optional})
     dtypes = Dtypes(served=served_dtype(infos[0], expected), wide=expected.wide)
     weights = _made_when_sent(named, source, expected)
     sharded = weights if isinstance(weights, ShardedWeights) else None

@@ -13,7 +13,7 @@ from .checkpoint import saved_buffers
 from .expected import Expected, expected_model
 from .merged import base_weights, has_adapters
 from .result import PushResult
-from .source import named_weights, plain_name, served_names, shown, unwrap
+from .source import named_weights, plain_name, refuse_fsdp1, served_names, shown, unwrap
 from .transport import RECEIVERS
 from .versions import bring_up, served_version
 
@@ -35,9 +35,10 @@ def get_model_metadata(model: Any) -> dict[str, tuple[torch.dtype, torch.Size]]:
         By Hugging Face's names, what ``service.get_model_metadata()`` returns for the served model.
 
     Raises:
-        WeightsError: it has no parameters.
+        WeightsError: it has no parameters, or only all ranks together have them (FSDP1).
     """
     if isinstance(model, nn.Module):
+        refuse_fsdp1(model)
         inner = unwrap(model)
         found = (
             base_weights(inner)

@@ -298,6 +298,17 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
         )
 
 
+def check_no_nan(buffers: Mapping[str, torch.Tensor]) -> None:
+    """Raises `WeightsError` for buffers that are NaN; some are infinite for good."""
+    wrong = [name for name, tensor in buffers.items() if bool(local(tensor).isnan().any())]
+    if wrong:
+        raise WeightsError(
+            f"NaN in {count_of(len(wrong), 'buffer')}: {shown(wrong)}. The servers still run their "
+            "old weights. (A push of such weights on purpose takes "
+            "WeightSyncConfig(check_finite=False).)"
+        )
+
+
 def _are_finite(tensors: list[torch.Tensor]) -> list[bool]:
     """Whether tensors hold no NaN and no infinity, read once and waited for once."""
     if not tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from .checksum import ask_checksums, parse_checksums
 from .engines import Engines
 from .expected import model_config
 from .lazy import parts_of
-from .merged import has_adapters
+from .merged import base_weights, has_adapters
 from .probe import parse_probe, probe_body, probe_ids, reference_log_probs
 from .proof import ChecksumProof, family_of, why_unprovable
 from .served_dtype import Dtypes
@@ -144,11 +145,14 @@ class Verifier:
             weights = self._weights
             if isinstance(weights, CheckpointWeights):
                 weights = weights.source
+            dtypes = self._dtypes
             if has_adapters(inner):  # what is merged as it is sent, the model adds by itself
                 weights = dict(inner.named_parameters())
+                wide = {id(p) for n, p in base_weights(inner).items() if n in dtypes.wide}
+                dtypes = replace(dtypes, wide={n for n, p in weights.items() if id(p) in wide})
             _check_names(inner, weights)
             ids = probe_ids(_num_embeddings(inner, weights))
-            scores = reference_log_probs(self._model, weights, self._dtypes, ids)
+            scores = reference_log_probs(self._model, weights, dtypes, ids)
             self._probe = (ids, scores)
         return self._probe
 
