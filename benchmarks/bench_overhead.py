@@ -49,8 +49,8 @@ from random_models import SIZES, random_model
 from tiny_model import make_tiny_model
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
-from torchrl_sglang.parsing import parse_completions
-from torchrl_sglang.rollout.call import Call
+from torchrl_sglang.generate.parse import parse_completions
+from torchrl_sglang.policy.call import Call
 
 MODES = ("history", "text", "tokens")
 DISTINCT = 8  # real answers per length; more rows repeat them

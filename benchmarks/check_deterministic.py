@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from tiny_model import make_tiny_model
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWrapper
-from torchrl_sglang.processors import allowed_tokens, combined, progress_temperature
+from torchrl_sglang.generate.processors.make import allowed_tokens, combined, progress_temperature
 
 PROMPTS = [[10 + i, 200 + 3 * i, 77, 100 + i] for i in range(8)]
 

@@ -33,7 +33,7 @@ from gpu_checks import about, error, make_dense, perturb, sending_device, serve
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import RequestRefusedError, ServiceError, SGLangError
-from torchrl_sglang.weights.payload import Payloads
+from torchrl_sglang.weights.carry.payload import Payloads
 
 BUCKET_BYTES = 1 << 20
 ASKED_S = 12.0
@@ -44,7 +44,7 @@ import pickle, sys, time
 import torch
 from transformers import AutoModelForCausalLM
 from torchrl_sglang import SGLangWeightSyncScheme, WeightSyncConfig
-from torchrl_sglang.weights.payload import Payloads
+from torchrl_sglang.weights.carry.payload import Payloads
 service, path, device = pickle.loads(bytes.fromhex(sys.argv[1]))
 flattened = Payloads._flattened
 
@@ -129,7 +129,7 @@ class Case:
 
     @property
     def pid(self) -> int:
-        fleet = self.service._local.fleet
+        fleet = self.service.servers.fleet
         assert fleet is not None
         [child] = [child for child in fleet._children if child.name == "server-0"]
         return child.pid

@@ -1,30 +1,30 @@
 """SGLang as the rollout engine of a TorchRL training loop."""
 
-from .adapters import Adapters
-from .completions import Completion, VersionSpan
 from .config import RouterConfig, ServerConfig, Timeouts, WeightSyncConfig
-from .engine import RLSGLangEngine
-from .gate import ServiceState
-from .mismatch import Mismatch, mismatch
-from .partial import continuation, joined
-from .policy import SGLangWrapper
-from .processors import (
+from .generate.completion import Completion, VersionSpan
+from .generate.partial import continuation, joined
+from .generate.processors.make import (
     allowed_tokens,
     combined,
     disallowed_tokens,
     progress_temperature,
     user_processor,
 )
-from .protocol import GenerateRequest, LogitProcessor, Media, Returns
-from .rollout.conversations import conversations
-from .rollout.row_requests import BehaviourLogProbWarning
-from .sampling import SamplingParams
-from .service import AsyncSGLang, make_sglang_server
-from .sessions import Session
+from .generate.request import GenerateRequest, LogitProcessor, Media, Returns
+from .generate.sampling import SamplingParams
+from .generate.sessions import Session
+from .policy.conversations import conversations
+from .policy.mismatch import Mismatch, mismatch
+from .policy.requests.rows import BehaviourLogProbWarning
+from .policy.wrapper import SGLangWrapper
+from .servers.gate import ServiceState
+from .servers.lora import Adapters
+from .service.engine import RLSGLangEngine
+from .service.service import AsyncSGLang, make_sglang_server
+from .sync.scheme import SGLangWeightSyncScheme
+from .sync.sender import SGLangWeightReceiver, SGLangWeightSender, get_model_metadata
 from .weights.result import PushResult
-from .weights.scheme import SGLangWeightSyncScheme
-from .weights.sender import SGLangWeightReceiver, SGLangWeightSender, get_model_metadata
-from .weights.sharded import assist_push
+from .weights.source.sharded import assist_push
 
 __all__ = [
     "Adapters",

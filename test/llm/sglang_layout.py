@@ -3,8 +3,8 @@
     python -P sglang_layout.py CPU_FOLDER hash TENSORS    its GPU hash of tensors
     python -P sglang_layout.py CPU_FOLDER shards FOLDERS  its hashes of each rank's parameters
 
-CPU_FOLDER is ``torchrl_sglang/cpu``, whose stand-ins let SGLang be imported. Prints one line of
-JSON. Nothing of torchrl_sglang's own hashing or layout is imported here. The GPU hash is SGLang's
+CPU_FOLDER is ``torchrl_sglang/launch/cpu``, whose stand-ins let SGLang be imported. Prints one line
+of JSON. Nothing of torchrl_sglang's own hashing or layout is imported. The GPU hash is SGLang's own
 Triton kernels, which Triton's interpreter runs on a CPU. The shards are made by SGLang's models and
 weight loaders as on a GPU: without SGLANG_USE_CPU_ENGINE they don't pad as they do on CPUs.
 """

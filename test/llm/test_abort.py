@@ -32,7 +32,6 @@ from torchrl_sglang import (
     progress_temperature,
     user_processor,
 )
-from torchrl_sglang.completions import Completion, VersionSpan
 from torchrl_sglang.errors import (
     ConfigError,
     InputError,
@@ -40,12 +39,13 @@ from torchrl_sglang.errors import (
     ServerFailedError,
     UnsupportedOptionError,
 )
-from torchrl_sglang.partial import continuation, joined
-from torchrl_sglang.protocol import LogitProcessor, Returns, new_rid
-from torchrl_sglang.rollout.facts import InfoSpec
-from torchrl_sglang.rollout.resumed import _with_extras
-from torchrl_sglang.rollout.row_requests import given_rids
-from torchrl_sglang.threads import in_thread
+from torchrl_sglang.generate.completion import Completion, VersionSpan
+from torchrl_sglang.generate.partial import continuation, joined
+from torchrl_sglang.generate.request import LogitProcessor, Returns, new_rid
+from torchrl_sglang.policy.outputs.extras import InfoSpec
+from torchrl_sglang.policy.requests.rows import given_rids
+from torchrl_sglang.policy.resume import _with_extras
+from torchrl_sglang.servers.threads import in_thread
 
 Connect = Callable[..., SGLangWeightSyncScheme]
 

@@ -13,8 +13,8 @@ import torch
 from lora_files import CONFIG, PREFIX, write_adapter
 from safetensors.torch import save_file
 
-from torchrl_sglang.adapter_folder import adapter_path, check_folder, find_problem
 from torchrl_sglang.errors import ConfigError, UnsupportedOptionError
+from torchrl_sglang.servers.lora_folder import adapter_path, check_folder, find_problem
 
 HERE = ["http://127.0.0.1:30000", "http://localhost:30001"]
 ELSEWHERE = ["http://127.0.0.1:30000", "http://node7:30000"]

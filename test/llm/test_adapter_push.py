@@ -34,9 +34,7 @@ from torchrl_sglang import (
     SGLangWeightSyncScheme,
     SGLangWrapper,
     WeightSyncConfig,
-    adapters,
 )
-from torchrl_sglang.client import ControlClient
 from torchrl_sglang.errors import (
     ConfigError,
     EngineLostError,
@@ -50,11 +48,12 @@ from torchrl_sglang.errors import (
     VersionError,
     WeightsError,
 )
-from torchrl_sglang.gate import ServiceState
-from torchrl_sglang.weights import adapter_room
-from torchrl_sglang.weights.adapter_load import prepared
-from torchrl_sglang.weights.adapter_source import read_adapter
-from torchrl_sglang.weights.versions import served_version
+from torchrl_sglang.servers import lora as adapters
+from torchrl_sglang.servers.gate import ServiceState
+from torchrl_sglang.servers.http import ControlClient
+from torchrl_sglang.weights.lora import room as adapter_room
+from torchrl_sglang.weights.lora.load import prepared
+from torchrl_sglang.weights.lora.source import read_adapter
 
 PROMPTS = [[5, 6, 7, 8], [20, 21, 22], [40, 41, 42, 43, 44]]
 FROM_TENSORS, FROM_FOLDER = "/load_lora_adapter_from_tensors", "/load_lora_adapter"
@@ -563,7 +562,7 @@ class Pair:
             timeouts=service.timeouts,
         )
         cluster = self.service.cluster
-        self.service._local.cluster = replace(
+        self.service.servers._cluster = replace(
             cluster,
             workers=(*cluster.workers, client),
             infos=(*cluster.infos, replace(cluster.infos[0], url=second.url)),
@@ -743,7 +742,7 @@ def test_a_collector(service: AsyncSGLang, tokenizer: Any, model: Any) -> None:
         )
         try:
             for seed in (1, 2):
-                before = max(collector.policy_version, served_version(service))
+                before = max(collector.policy_version, service.servers.highest_version())
                 collector.update_policy_weights_(train(model, seed))
                 assert collector.policy_version == before + 1
                 assert service.weight_version == str(collector.policy_version)

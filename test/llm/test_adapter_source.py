@@ -18,17 +18,11 @@ from tensordict import TensorDict
 from torch import nn
 from worker_infos import worker_info as worker
 
-from torchrl_sglang.errors import (
-    ConfigError,
-    TopologyError,
-    UnsupportedOptionError,
-    WeightsError,
-)
-from torchrl_sglang.features import Features
-from torchrl_sglang.info import Capabilities
-from torchrl_sglang.weights.adapter import check_servers
-from torchrl_sglang.weights.adapter_load import prepared
-from torchrl_sglang.weights.adapter_source import AdapterSource, plain_config, read_adapter
+from torchrl_sglang.errors import ConfigError, TopologyError, UnsupportedOptionError, WeightsError
+from torchrl_sglang.servers.info import Capabilities, Features
+from torchrl_sglang.weights.lora.load import prepared
+from torchrl_sglang.weights.lora.push import check_servers
+from torchrl_sglang.weights.lora.source import AdapterSource, plain_config, read_adapter
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 PARAMETER = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"

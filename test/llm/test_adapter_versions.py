@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from torchrl_sglang import GenerateRequest
-from torchrl_sglang.adapter_versions import AdapterVersions, versioned, versions_of
-from torchrl_sglang.completions import VersionSpan
 from torchrl_sglang.errors import InputError
-from torchrl_sglang.parsing import never_ran, parse_completion
+from torchrl_sglang.generate.completion import VersionSpan
+from torchrl_sglang.generate.parse import never_ran, parse_completion
+from torchrl_sglang.servers.lora_versions import AdapterVersions, versioned, versions_of
 
 
 def request(lora: str | None, **fields: Any) -> GenerateRequest:
@@ -52,12 +52,7 @@ def test_the_process_that_pushes_knows() -> None:
     versions = AdapterVersions()
     versions.listed("policy", (1, 2, 3))
     versions.switch("policy", 2)
-    requests, _ = versions.resolved([request("policy"), request(None), request("b")], never)
-    assert [(r.lora, r.adapter_version) for r in requests] == [
-        ("policy@2", 2),
-        (None, None),
-        ("b", None),
-    ]
+    assert versions.resolve({"policy", "b"}, never)[0] == {"policy": 2}
     assert versions.pushed("policy") == 2
     assert versions.pushed("b") is None
 
@@ -78,16 +73,15 @@ def test_others_go_by_lists_and_the_weight_version(
 ) -> None:
     versions = AdapterVersions()
     versions.listed("policy", listed)
-    [resolved], _ = versions.resolved([request("policy")], at(served))
-    assert resolved.adapter_version == expected
-    assert resolved.lora == ("policy" if expected is None else f"policy@{expected}")
+    found, _ = versions.resolve({"policy"}, at(served))
+    assert found == ({} if expected is None else {"policy": expected})
 
 
 def test_the_first_version_is_not_used_before_its_push_is_over() -> None:
     versions = AdapterVersions()
     versions.listed("policy", (4,))
     with pytest.raises(InputError, match=r"pushed for the first time, as version 4.*version 3 st"):
-        versions.resolved([request("policy")], at("3"))
+        versions.resolve({"policy"}, at("3"))
 
 
 def test_an_unload_takes_the_name_back() -> None:
@@ -102,9 +96,9 @@ def test_an_unload_takes_the_name_back() -> None:
 def test_a_version_is_in_use_while_a_batch_lives() -> None:
     versions = AdapterVersions()
     versions.switch("policy", 1)
-    _, first = versions.resolved([request("policy")] * 2, never)
+    _, first = versions.resolve({"policy"}, never)
     versions.switch("policy", 2)
-    _, second = versions.resolved([request("policy")], never)
+    _, second = versions.resolve({"policy"}, never)
     assert [versions.in_use(f"policy@{v}") for v in (1, 2, 3)] == [True, True, False]
     del first
     gc.collect()

@@ -32,10 +32,7 @@ from torchrl_sglang import (
     SGLangWrapper,
     Timeouts,
     WeightSyncConfig,
-    data_client,
 )
-from torchrl_sglang.calls import Calls, Looks, is_paused, looks_of
-from torchrl_sglang.client import ControlClient
 from torchrl_sglang.errors import (
     ConfigError,
     PushError,
@@ -43,9 +40,13 @@ from torchrl_sglang.errors import (
     ServerFailedError,
     ServiceBrokenError,
 )
-from torchrl_sglang.gate import UpdateGate
-from torchrl_sglang.weights.collective import in_thread
-from torchrl_sglang.weights.engines import Engines
+from torchrl_sglang.generate import client as data_client
+from torchrl_sglang.generate.in_flight import Calls
+from torchrl_sglang.servers.gate import UpdateGate
+from torchrl_sglang.servers.health import Looks, is_paused, looks_of
+from torchrl_sglang.servers.http import ControlClient
+from torchrl_sglang.servers.together import Engines
+from torchrl_sglang.weights.carry.group import in_thread
 
 Connect = Callable[..., SGLangWeightSyncScheme]
 

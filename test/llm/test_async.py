@@ -23,14 +23,7 @@ from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Tokens
 
-from torchrl_sglang import (
-    AsyncSGLang,
-    GenerateRequest,
-    SamplingParams,
-    SGLangWrapper,
-    Timeouts,
-    local,
-)
+from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWrapper, Timeouts
 from torchrl_sglang.errors import (
     EmptyBatchError,
     InputError,
@@ -41,7 +34,8 @@ from torchrl_sglang.errors import (
     ServiceClosedError,
     UnsupportedOptionError,
 )
-from torchrl_sglang.rollout import call
+from torchrl_sglang.policy import call
+from torchrl_sglang.servers import members
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 SHORT = SamplingParams(max_new_tokens=4, ignore_eos=True)
@@ -180,7 +174,7 @@ def test_what_takes_time_is_done_in_threads(
 
         monkeypatch.setattr(owner, name, recorded)
 
-    watch(local, "attach")
+    watch(members, "attach")
     watch(call, "read_prompts")
     watch(call, "build_outputs")
     watch(SGLangWrapper, "_place")

@@ -9,9 +9,9 @@ import pytest
 from fault_proxy import Fault, FaultProxy
 
 from torchrl_sglang import AsyncSGLang, ServiceState, Timeouts
-from torchrl_sglang.attach import _model_folder
-from torchrl_sglang.client import normalise_url, path_hint
 from torchrl_sglang.errors import ConfigError, ConnectError
+from torchrl_sglang.servers.attach import _model_folder
+from torchrl_sglang.servers.http import normalise_url, path_hint
 
 
 def test_files_that_a_server_loaded_and_that_are_gone(tmp_path: Path) -> None:

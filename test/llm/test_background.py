@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from torchrl_sglang.background import BackgroundLoop
 from torchrl_sglang.config import Timeouts
 from torchrl_sglang.errors import ServiceClosedError
-from torchrl_sglang.local import LocalResources
+from torchrl_sglang.generate.loop import BackgroundLoop
+from torchrl_sglang.servers.attach import Credentials
+from torchrl_sglang.servers.members import Servers
+from torchrl_sglang.service.local import Local
 
 
 @pytest.fixture
@@ -189,8 +191,9 @@ def test_a_call_that_comes_while_closing_does_not_wait_for_ever() -> None:
 
 def test_nothing_is_made_after_the_resources_were_closed() -> None:
     before = threads_named("torchrl_sglang")  # of services that other tests share
-    resources = LocalResources()
-    resources.close()
+    servers = Servers("http://127.0.0.1:9", Credentials(), Timeouts(request_s=1.0))
+    local = Local(servers)
+    local.close()
     with pytest.raises(ServiceClosedError):
-        resources.data_plane("http://127.0.0.1:9", None, Timeouts(request_s=1.0))
+        local.generator.data_plane()
     assert threads_named("torchrl_sglang") == before

@@ -24,7 +24,6 @@ from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper, Timeouts
-from torchrl_sglang.batching import Batcher, BatchingConfig
 from torchrl_sglang.errors import (
     ConfigError,
     InputError,
@@ -36,6 +35,7 @@ from torchrl_sglang.errors import (
     ServiceError,
     UnsupportedOptionError,
 )
+from torchrl_sglang.policy.batching import Batcher, BatchingConfig
 
 GREEDY = {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 BROKEN_REGEX = "(["

@@ -9,9 +9,9 @@ import pytest
 import torch
 from worker_infos import worker_info
 
-from torchrl_sglang.hosts import is_here
-from torchrl_sglang.info import WorkerInfo, _gpus
-from torchrl_sglang.weights.choose import choose_method
+from torchrl_sglang.servers.hosts import is_here
+from torchrl_sglang.servers.info import WorkerInfo, _gpus
+from torchrl_sglang.weights.connection import choose_method
 
 HERE, ELSEWHERE = "http://127.0.0.1:1", "http://203.0.113.7:1"  # the second: documentation's own
 CPU, GPU_0, GPU_1 = (torch.device(name) for name in ("cpu", "cuda:0", "cuda:1"))

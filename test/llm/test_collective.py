@@ -19,10 +19,9 @@ import torch
 
 from torchrl_sglang.config import Timeouts
 from torchrl_sglang.errors import LaunchError, PortTakenError
-from torchrl_sglang.threads import in_thread
-from torchrl_sglang.weights.broadcast import operation_s
-from torchrl_sglang.weights.collective import Rendezvous, TrainerGroup
-from torchrl_sglang.weights.sending import WireError
+from torchrl_sglang.servers.threads import in_thread
+from torchrl_sglang.weights.carry.broadcast import operation_s
+from torchrl_sglang.weights.carry.group import Rendezvous, TrainerGroup, WireError
 
 HOST = "127.0.0.1"
 

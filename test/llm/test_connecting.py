@@ -28,8 +28,8 @@ from torchrl_sglang.errors import (
     UnsupportedOptionError,
     WeightsError,
 )
-from torchrl_sglang.gate import ServiceState
-from torchrl_sglang.weights.broadcast import ROUTE, Broadcast
+from torchrl_sglang.servers.gate import ServiceState
+from torchrl_sglang.weights.carry.broadcast import ROUTE, Broadcast
 
 pytestmark = pytest.mark.filterwarnings("ignore:state_dict strategy is experimental:UserWarning")
 

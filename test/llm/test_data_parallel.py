@@ -11,7 +11,7 @@ from servers import CPU_SERVER_ARGS, perturb, worst_error
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts, WeightSyncConfig
 from torchrl_sglang.errors import TopologyError, VerificationError
-from torchrl_sglang.weights.disk import DiskCarrier
+from torchrl_sglang.weights.carry.disk import DiskCarrier
 
 pytestmark = pytest.mark.slow
 

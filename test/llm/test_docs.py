@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import AsyncSGLang, SamplingParams, SGLangWrapper, Timeouts
 from torchrl_sglang.errors import UnsupportedOptionError
-from torchrl_sglang.protocol import ROUTER_DROPS, ROUTER_DROPS_OF_SAMPLING
-from torchrl_sglang.rollout.facts import EXTRAS
-from torchrl_sglang.rollout.row_requests import ROW_OPTIONS, TEXT_OPTIONS
+from torchrl_sglang.generate.request import ROUTER_DROPS, ROUTER_DROPS_OF_SAMPLING
+from torchrl_sglang.policy.outputs.extras import EXTRAS
+from torchrl_sglang.policy.requests.rows import ROW_OPTIONS, TEXT_OPTIONS
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"

@@ -11,9 +11,9 @@ from torchrl.modules.llm.policies import ChatHistory
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from torchrl_sglang import AsyncSGLang, Completion, SGLangWrapper, VersionSpan
-from torchrl_sglang.rollout.texts import contents
-from torchrl_sglang.rollout.tokenizers import special_tokens
-from torchrl_sglang.rollout.turns import SpecialTokens, Turn
+from torchrl_sglang.policy.outputs.texts import contents
+from torchrl_sglang.policy.prompts.turns import SpecialTokens, Turn
+from torchrl_sglang.policy.tokenizers import special_tokens
 
 HI, GO = {"role": "user", "content": "hi"}, {"role": "user", "content": "go"}
 

@@ -15,8 +15,8 @@ from two_ranks import moved, trained
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts, WeightSyncConfig
 from torchrl_sglang.errors import VerificationError
-from torchrl_sglang.weights.checkpoint import as_written
-from torchrl_sglang.weights.expected import expected_model
+from torchrl_sglang.weights.source.checkpoint import as_written
+from torchrl_sglang.weights.source.expected import expected_model
 
 pytestmark = pytest.mark.slow
 

@@ -24,12 +24,12 @@ from torchrl_sglang import (
     SGLangWeightSyncScheme,
     SGLangWrapper,
 )
-from torchrl_sglang.completions import VersionSpan
 from torchrl_sglang.errors import ConfigError, ResponseError, UnsupportedOptionError
-from torchrl_sglang.outputs import Rows
-from torchrl_sglang.parsing import parse_completion
-from torchrl_sglang.protocol import Returns
-from torchrl_sglang.rollout.facts import EXTRAS, InfoSpec, build_info, parse_extras
+from torchrl_sglang.generate.completion import VersionSpan
+from torchrl_sglang.generate.parse import parse_completion
+from torchrl_sglang.generate.request import Returns
+from torchrl_sglang.policy.outputs.extras import EXTRAS, InfoSpec, build_info, parse_extras
+from torchrl_sglang.policy.outputs.tensors import Rows
 
 PROMPTS = [[5, 6, 7, 8], [20, 21], [9, 40, 41, 42, 43, 44], [99]]
 QUESTIONS = ["the quick", "hello", "a policy acts", "no"]
@@ -204,15 +204,16 @@ def test_input_log_probs(
 def test_cached_tokens_request_id_and_latency(service: AsyncSGLang) -> None:
     policy = make_policy(service, extras=["cached_tokens", "request_id", "latency"])
     seen: list[GenerateRequest] = []
-    check = service.check
-    service.check = lambda batch: (seen.extend(batch), check(batch))[1]  # type: ignore[method-assign]
+    generator = service._local.generator
+    check = generator.check
+    generator.check = lambda batch: (seen.extend(batch), check(batch))[1]  # type: ignore[method-assign]
     try:
         start = time.monotonic()
         policy(make_input())
         out = policy(make_input())
         seconds = time.monotonic() - start
     finally:
-        del service.check
+        del generator.check
     rollout = out["rollout"]
     assert rollout["cached_tokens"].tolist() == [len(prompt) - 1 for prompt in PROMPTS]
     assert rollout["cached_tokens"].dtype == torch.int64

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from torchrl_sglang import Timeouts
-from torchrl_sglang.client import ControlClient
 from torchrl_sglang.errors import (
     EngineLostError,
     PushError,
@@ -22,10 +21,11 @@ from torchrl_sglang.errors import (
     RequestRefusedError,
     ServerFailedError,
 )
-from torchrl_sglang.weights import watch as watch_module
-from torchrl_sglang.weights.failure import after_failure, forget_frames, with_its_cause
-from torchrl_sglang.weights.sending import WireError
-from torchrl_sglang.weights.watch import push_error, watch
+from torchrl_sglang.servers import together as watch_module
+from torchrl_sglang.servers.http import ControlClient
+from torchrl_sglang.servers.together import push_error, watch
+from torchrl_sglang.weights.carry.group import WireError
+from torchrl_sglang.weights.repair import after_failure, forget_frames, with_its_cause
 
 
 class Address(ThreadingHTTPServer):

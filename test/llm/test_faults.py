@@ -39,10 +39,10 @@ from torchrl_sglang.errors import (
     ServiceBrokenError,
     ServiceError,
 )
-from torchrl_sglang.threads import in_thread
-from torchrl_sglang.weights import failure
-from torchrl_sglang.weights import revive as revive_module
-from torchrl_sglang.weights.payload import Payloads
+from torchrl_sglang.servers import health as revive_module
+from torchrl_sglang.servers.threads import in_thread
+from torchrl_sglang.weights import repair as failure
+from torchrl_sglang.weights.carry.payload import Payloads
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
@@ -235,7 +235,7 @@ TRAINER = """
 import pickle, sys, time
 from transformers import AutoModelForCausalLM
 from torchrl_sglang import SGLangWeightSyncScheme, WeightSyncConfig
-from torchrl_sglang.weights.payload import Payloads
+from torchrl_sglang.weights.carry.payload import Payloads
 service, path = pickle.loads(bytes.fromhex(sys.argv[1]))
 flattened = Payloads._flattened
 
@@ -331,7 +331,7 @@ def killing(
     Returns:
         When it did, once it has.
     """
-    fleet = service._local.fleet
+    fleet = service.servers.fleet
     assert fleet is not None
     name = f"server-{fleet.server_urls.index(url)}"
     [child] = [child for child in fleet._children if child.name == name]
@@ -402,7 +402,7 @@ def test_servers_that_are_killed_in_mid_push(
         f"| transfer | 1 | the server is killed | EngineLostError | {took:.2f} s | broken | "
         f"of a new scheme: starts it again and succeeds, {needed:.1f} s |"
     )
-    again_log = f"server-{two._local.fleet.server_urls.index(first)}.2.log"  # type: ignore[union-attr]
+    again_log = f"server-{two.servers.fleet.server_urls.index(first)}.2.log"  # type: ignore[union-attr]
     logs = {path.name for path in two.log_dir.iterdir()}  # type: ignore[union-attr]
     assert logs == {"router.log", "server-0.log", "server-1.log", again_log}
     again.close()
@@ -534,7 +534,7 @@ def test_a_server_that_does_not_start_again(
     two: AsyncSGLang, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error names it and says why; once that is mended, the next push starts it."""
-    fleet, urls = two._local.fleet, [worker.url for worker in two.workers]
+    fleet, urls = two.servers.fleet, [worker.url for worker in two.workers]
     assert fleet is not None
     scheme = connected_to(two, lost_engines="restart")
     try:

@@ -13,9 +13,9 @@ import pytest
 from servers import wait_until
 
 from torchrl_sglang import ServiceState
-from torchrl_sglang import gate as gate_module
 from torchrl_sglang.errors import RequestTimeoutError, ServiceBrokenError, ServiceClosedError
-from torchrl_sglang.gate import UpdateGate
+from torchrl_sglang.servers import gate as gate_module
+from torchrl_sglang.servers.gate import UpdateGate
 
 
 @pytest.fixture

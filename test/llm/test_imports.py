@@ -92,115 +92,107 @@ def test_the_walk_sees_every_form_of_import(source: str, package: str, expected:
     assert expected <= set(imports_of(ast.parse(source), package))
 
 
-def names(*patterns: str) -> list[str]:
-    """Modules by name; ``weights.*`` is everything in the folder."""
-    found = [
-        module
-        for module in MODULES
-        for pattern in patterns
-        if module == pattern or (pattern.endswith(".*") and is_part_of(module, pattern[:-2]))
-    ]
-    assert len(found) >= len(patterns), f"a module of {patterns} was renamed or is gone"
-    return found
+ROOMS = [
+    {"errors"},
+    {"config"},
+    {"launch"},
+    {"servers"},
+    {"generate", "weights"},
+    {"service"},
+    {"policy", "sync"},
+]
+FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 
-@pytest.mark.parametrize(
-    ("modules", "forbidden"),
-    [
-        (["policy", "prompts", "outputs", "rollout.*"], ["weights", "launch"]),
-        (["weights.*"], ["launch", "policy", "prompts", "outputs", "rollout"]),
-    ],
-)
-def test_the_columns_do_not_blur(modules: list[str], forbidden: list[str]) -> None:
-    for package in forbidden:
-        names(package)
-        assert not offenders(f"{ROOT}.{package}", names(*modules))
+def room_of(name: str) -> str:
+    """The first part of a module's name; empty for the package itself."""
+    return name.removeprefix(ROOT).lstrip(".").partition(".")[0]
+
+
+def modules_of(imports: set[str]) -> set[str]:
+    """The package's own modules among what is imported."""
+    own = {name.removeprefix(ROOT + ".") for name in imports if is_part_of(name, ROOT)}
+    return {m for name in own for m in (name, name.rpartition(".")[0]) if m in PATHS and m}
+
+
+def test_every_room_has_its_floor() -> None:
+    entries = {path.stem for path in FOLDER.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert entries - {"__init__", "__pycache__"} == FLOORS.keys()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_rooms_import_rooms_below_them(module: str) -> None:
+    floor = FLOORS[room_of(module)]
+    found = {room_of(name) for name in IMPORTS[module] if is_part_of(name, ROOT)}
+    assert {room for room in found - {room_of(module)} if FLOORS.get(room, 99) >= floor} == set()
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """At run time or for types."""
+    left = {module: modules_of(IMPORTS[module]) - {module} for module in MODULES if module}
+    packages = {module for module in left if PATHS[module].name == "__init__.py"}
+    left = {m: needs - packages for m, needs in left.items() if m not in packages}
+    while ready := {module for module, needs in left.items() if not needs & left.keys()}:
+        left = {module: needs for module, needs in left.items() if module not in ready}
+    assert left == {}
 
 
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("aiohttp", ["data_client", "posting"]),
-        ("requests", ["client"]),
-        ("orjson", ["data_client", "posting"]),
-        ("http", []),
-        ("httpx", []),
-        ("urllib.request", []),
-        ("urllib3", []),
-        ("subprocess", ["launch.process", "launch.guard"]),
-        ("multiprocessing", ["cpu.forking"]),
-        ("torch.distributed", ["weights.collective"]),
-        ("torch._C._distributed_c10d", ["weights.collective"]),
-        (
-            "torchrl",
-            [
-                "prompts",
-                "outputs",
-                "policy",
-                "rollout.chats",
-                "rollout.scoring",
-                "rollout.conversations",
-                "rollout.texts",
-                "rollout.tokenizers",
-                "weights.scheme",
-                "weights.updater",
-            ],
-        ),
-        ("sglang", []),
-        ("sglang_router", []),
-        (ROOT + ".cpu", []),
+        ("aiohttp", {"generate.client"}),
+        ("requests", {"servers.http"}),
+        ("orjson", {"generate.client"}),
+        ("http", set()),
+        ("httpx", set()),
+        ("urllib.request", set()),
+        ("urllib3", set()),
+        ("subprocess", {"launch.process", "launch.guard"}),
+        ("multiprocessing", {"launch.cpu.forking"}),
+        ("torch.distributed", {"weights.carry.group"}),
+        ("torch._C._distributed_c10d", {"weights.carry.group"}),
+        ("sglang", set()),
+        ("sglang_router", set()),
+        (ROOT + ".launch.cpu", set()),
+        (ROOT + ".generate.processors.remote", set()),
     ],
 )
-def test_one_home_for_each_outside_thing(package: str, homes: list[str]) -> None:
-    assert set(offenders(package, MODULES)) == set(homes)
+def test_one_home_for_each_outside_thing(package: str, homes: set[str]) -> None:
+    assert set(offenders(package, MODULES)) == homes
+
+
+def test_torchrl_is_known_at_its_end_alone() -> None:
+    assert {room_of(module) for module in offenders("torchrl", MODULES)} == {"policy", "sync"}
 
 
 @pytest.mark.parametrize(
-    ("module", "own"),
+    "module", [m for m in MODULES if m.startswith("launch") and ".cpu." not in m]
+)
+def test_launch_needs_no_torch(module: str) -> None:
+    assert not offenders("torch", [module])
+
+
+@pytest.mark.parametrize(
+    "module",
     [
-        ("errors", []),
-        ("config", ["errors"]),
-        ("sampling_names", ["errors"]),
-        ("sampling", ["errors", "sampling_names"]),
-        ("completions", []),
-        ("protocol", ["errors", "sampling"]),
-        ("parsing", ["errors", "completions", "protocol", "routes"]),
-        ("partial", ["errors", "completions", "protocol", "routes", "sampling"]),
-        ("room", ["errors", "protocol"]),
-        ("routes", ["errors"]),
-        ("seeds", ["protocol", "sampling"]),
-        ("features", ["errors", "protocol"]),
-        ("info", ["errors", "completions", "features"]),
-        ("two_parts", ["errors", "completions", "features", "partial", "protocol", "room"]),
-        ("vocabulary", ["errors", "protocol"]),
-        ("batching", ["errors"]),
-        ("adapter_folder", ["errors", "hosts"]),
-        ("hosts", []),
-        ("gate", ["errors"]),
-        ("background", ["errors"]),
+        *("errors", "servers.info", "servers.gate"),
+        *("servers.hosts", "servers.lora_folder", "generate.completion", "generate.request"),
+        *("generate.parse", "generate.partial", "generate.room", "generate.routes"),
+        *("generate.seeds", "generate.two_parts", "generate.check", "generate.loop"),
         # These run where torchrl_sglang is not installed.
-        ("cpu.serve", []),
-        ("cpu.standins", []),
-        ("launch.guard", []),
+        *("launch.cpu.serve", "launch.cpu.standins", "launch.guard"),
     ],
 )
-def test_needs_the_standard_library_alone(module: str, own: list[str]) -> None:
-    allowed = [f"{ROOT}.{name}" for name in own]
-    foreign = {
-        imported
-        for imported in IMPORTS[module]
-        if imported.partition(".")[0] not in sys.stdlib_module_names
-        and not any(is_part_of(imported, name) for name in allowed)
-    }
-    assert not foreign
-
-
-@pytest.mark.parametrize("module", names("launch.*"))
-def test_launch_knows_config_and_errors_alone(module: str) -> None:
-    assert not offenders("torch", [module])
-    allowed = [f"{ROOT}.{name}" for name in ("launch", "config", "errors")]
-    own = {imported for imported in IMPORTS[module] if is_part_of(imported, ROOT)}
-    assert {i for i in own if not any(is_part_of(i, name) for name in allowed)} == set()
+def test_needs_the_standard_library_alone(module: str) -> None:
+    """Nor does anything of the package that it imports."""
+    seen, left = set[str](), {module}
+    while left:
+        one = left.pop()
+        seen.add(one)
+        left |= modules_of(IMPORTS[one]) - seen
+    found = {name.partition(".")[0] for one in seen for name in IMPORTS[one]}
+    assert found - {ROOT} <= sys.stdlib_module_names
+    assert module.startswith("launch.") <= (len(seen) == 1)
 
 
 WRITES = ("update", "setdefault", "pop", "popitem", "clear", "__setitem__", "__delitem__")

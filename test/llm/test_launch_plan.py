@@ -11,22 +11,23 @@ import torch
 
 from torchrl_sglang import RouterConfig, ServerConfig
 from torchrl_sglang.errors import ConfigError
-from torchrl_sglang.launch.cores import binding, divide_cores, usable_cores
-from torchrl_sglang.launch.process import redacted
-from torchrl_sglang.launch.router import SERVE_ROUTER, router_argv
-from torchrl_sglang.launch.server import (
+from torchrl_sglang.launch.commands import (
     CPU_SERVE,
     CPU_TOTAL_TOKENS,
     NO_BALANCE_CHECK,
     OWN_OPTIONS,
+    SERVE_ROUTER,
     check_extra_args,
     exempt_from_proxies,
     flags,
     gpu_placement,
+    router_argv,
     server_argv,
     server_env,
 )
-from torchrl_sglang.start import (
+from torchrl_sglang.launch.cores import binding, divide_cores, usable_cores
+from torchrl_sglang.launch.process import redacted
+from torchrl_sglang.servers.start import (
     check_model,
     check_tokenizer,
     choose_device,
@@ -450,7 +451,7 @@ def test_which_starts_bind_their_ranks(
     bound: list[str | None],
 ) -> None:
     """SGLang gives each rank a whole NUMA node, and ends where there are too few of them."""
-    monkeypatch.setattr("torchrl_sglang.start.usable_cores", lambda allowed: (0, 1, 2))
+    monkeypatch.setattr("torchrl_sglang.servers.start.usable_cores", lambda allowed: (0, 1, 2))
     planned = fleet(model, num_replicas=num_replicas, server={"device": "cpu", **sizes})
     assert [config.cpu_threads for config in planned] == [threads] * num_replicas
     assert [config.cpu_cores and binding(config.cpu_cores) for config in planned] == bound

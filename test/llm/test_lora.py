@@ -15,15 +15,7 @@ from lora_files import ATTENTION, MLP, merge_adapter, random_adapter
 from servers import hf_log_probs, perturb, wait_until, worst_error
 from transformers import AutoModelForCausalLM
 
-from torchrl_sglang import (
-    AsyncSGLang,
-    GenerateRequest,
-    SamplingParams,
-    SGLangWeightSyncScheme,
-    adapters,
-)
-from torchrl_sglang.adapters import Adapters
-from torchrl_sglang.client import ControlClient
+from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWeightSyncScheme
 from torchrl_sglang.errors import (
     ConfigError,
     ConnectError,
@@ -34,6 +26,9 @@ from torchrl_sglang.errors import (
     ServerFailedError,
     UnsupportedOptionError,
 )
+from torchrl_sglang.servers import lora as adapters
+from torchrl_sglang.servers.http import ControlClient
+from torchrl_sglang.servers.lora import Adapters
 
 PROMPTS = [[5, 6, 7, 8], [20, 21, 22], [40, 41, 42, 43, 44]]
 LOAD, UNLOAD = "/load_lora_adapter", "/unload_lora_adapter"

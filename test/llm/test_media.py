@@ -20,15 +20,21 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text
 
-from torchrl_sglang import AsyncSGLang, Completion, GenerateRequest, SamplingParams, SGLangWrapper
-from torchrl_sglang.completions import VersionSpan
+from torchrl_sglang import (
+    AsyncSGLang,
+    Completion,
+    GenerateRequest,
+    SamplingParams,
+    SGLangWrapper,
+)
 from torchrl_sglang.config import RouterConfig
 from torchrl_sglang.errors import ConfigError, InputError, UnsupportedOptionError
-from torchrl_sglang.features import Features
+from torchrl_sglang.generate.check import check_features
+from torchrl_sglang.generate.completion import VersionSpan
+from torchrl_sglang.generate.request import Media, passes_router
+from torchrl_sglang.launch.commands import CPU_SERVE, router_argv
 from torchrl_sglang.launch.ports import PortReservation
-from torchrl_sglang.launch.router import router_argv
-from torchrl_sglang.launch.server import CPU_SERVE
-from torchrl_sglang.protocol import Media, passes_router
+from torchrl_sglang.servers.info import Features
 
 # As vision models write it; it knows Hugging Face's names of the parts alone.
 TEMPLATE = """\
@@ -176,7 +182,7 @@ class Recorder:
             for _ in range(request.num_samples)
         ]
         for request in requests:
-            self.info.features.check(request)
+            check_features(request, self.info.features)
         return completions
 
     def bodies(self) -> list[dict[str, Any]]:

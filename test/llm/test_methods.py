@@ -39,7 +39,7 @@ from torchrl_sglang.errors import (
     VerificationError,
     WeightsError,
 )
-from torchrl_sglang.weights import shared_memory
+from torchrl_sglang.weights.carry import shared_memory
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 24, "ignore_eos": True}
@@ -122,7 +122,7 @@ def test_a_push_that_failed_keeps_no_buffers(
         made.append(weakref.ref(buffer))
         return buffer
 
-    monkeypatch.setattr("torchrl_sglang.weights.tensor.allocate_shared", allocate)
+    monkeypatch.setattr("torchrl_sglang.weights.carry.memory.allocate_shared", allocate)
     scheme = connected(proxied, config=config("tensor"))
     proxy.faults["/update_weights_from_tensor"] = Fault(status=400, after=2)
     with pytest.raises(PushError, match="bucket 2") as caught:
@@ -507,7 +507,7 @@ def test_a_disk_without_room_touches_nothing(
 ) -> None:
     scheme = connected(proxied, config=config("disk"))
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("torchrl_sglang.weights.disk.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("torchrl_sglang.weights.carry.disk.shutil.disk_usage", lambda _: usage)
     proxy.seen.clear()
     with pytest.raises(WeightsError, match="does not fit"):
         scheme.send(model)
@@ -638,7 +638,7 @@ else:
 def test_a_server_elsewhere_can_not_share_memory(
     proxied: AsyncSGLang, connected: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("tensor", "disk"):
-        monkeypatch.setattr(f"torchrl_sglang.weights.{module}.is_here", lambda url: False)
+    for module, method in (("memory", "tensor"), ("disk", "disk")):
+        monkeypatch.setattr(f"torchrl_sglang.weights.carry.{module}.is_here", lambda url: False)
         with pytest.raises(TopologyError, match=proxied.workers[0].url):
-            connected(proxied, config=config(module))
+            connected(proxied, config=config(method))

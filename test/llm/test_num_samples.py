@@ -13,9 +13,15 @@ from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens, TransformersWrapper
 
-from torchrl_sglang import AsyncSGLang, Completion, GenerateRequest, SamplingParams, SGLangWrapper
+from torchrl_sglang import (
+    AsyncSGLang,
+    Completion,
+    GenerateRequest,
+    SamplingParams,
+    SGLangWrapper,
+)
 from torchrl_sglang.errors import ConfigError, InputError
-from torchrl_sglang.protocol import Returns
+from torchrl_sglang.generate.request import Returns
 
 QUESTIONS = ["the quick", "hello", "a policy acts, the environment answers", "no", "42", "hm?"]
 SAMPLING = {"max_new_tokens": 6, "ignore_eos": True, "temperature": 2.0}
@@ -257,8 +263,9 @@ def seeded(service: AsyncSGLang, requests: Sequence[GenerateRequest]) -> list[li
     make a difference is not seen here; that the server takes such a batch and tells its samples
     apart is.
     """
-    loop, data = service._data_plane()
-    return loop.run(data.generate_all(replace(service._prepare(requests), seeded=True)))
+    generator = service._local.generator
+    loop, data = generator.data_plane()
+    return loop.run(data.generate_all(replace(generator._prepare(requests), seeded=True)))
 
 
 def test_a_batch_of_seeded_samples(service: AsyncSGLang) -> None:

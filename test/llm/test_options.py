@@ -15,11 +15,10 @@ from test_launch import descendants
 
 from torchrl_sglang import AsyncSGLang, RouterConfig, Timeouts
 from torchrl_sglang.errors import ConfigError, LaunchError, UnsupportedOptionError
+from torchrl_sglang.launch.commands import CPU_SERVE, SERVE_ROUTER
 from torchrl_sglang.launch.fleet import FleetPlan
 from torchrl_sglang.launch.options import SYNONYMS, KnownOptions, in_our_words
 from torchrl_sglang.launch.process import known_options
-from torchrl_sglang.launch.router import SERVE_ROUTER
-from torchrl_sglang.launch.server import CPU_SERVE
 
 PYTHON = SERVER_PYTHON or sys.executable
 
@@ -224,7 +223,7 @@ def test_what_is_started(model_path: Path, monkeypatch: pytest.MonkeyPatch, way:
         plans.append(plan)
         raise LaunchError("enough")
 
-    monkeypatch.setattr("torchrl_sglang.start.start_fleet", start)
+    monkeypatch.setattr("torchrl_sglang.servers.start.start_fleet", start)
     name = "model_path" if way is AsyncSGLang else "model_name"
     with pytest.raises(LaunchError, match="enough"):
         way(

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
 from torchrl_sglang.errors import EmptyPromptError, InputError
-from torchrl_sglang.prompts import PromptSpec, read_prompts
-from torchrl_sglang.rollout.chats import ChatFormat
+from torchrl_sglang.policy.prompts.chats import ChatFormat
+from torchrl_sglang.policy.prompts.read import PromptSpec, read_prompts
 
 PAD, EOS = 0, 2  # of the tiny model's tokenizer; 0 is also what separates documents
 

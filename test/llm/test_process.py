@@ -21,13 +21,7 @@ import torchrl_sglang
 from torchrl_sglang import RouterConfig, ServerConfig, Timeouts
 from torchrl_sglang.errors import LaunchError, ProcessDiedError, StartTimeoutError
 from torchrl_sglang.launch.fleet import Fleet, FleetPlan
-from torchrl_sglang.launch.process import (
-    GUARD,
-    ChildProcess,
-    cause_in,
-    installed_version,
-    redacted,
-)
+from torchrl_sglang.launch.process import GUARD, ChildProcess, cause_in, installed_version, redacted
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 SLEEP = [*PYTHON, "import time; time.sleep(600)"]

@@ -28,16 +28,16 @@ from servers import CPU_SERVER_ARGS
 
 from torchrl_sglang import AsyncSGLang, Timeouts
 from torchrl_sglang.errors import ConfigError, InputError, RequestRefusedError
-from torchrl_sglang.processors import (
+from torchrl_sglang.generate.processors.make import (
     allowed_tokens,
     combined,
     disallowed_tokens,
     progress_temperature,
     user_processor,
 )
-from torchrl_sglang.processors_served import num_generated
-from torchrl_sglang.processors_ship import SERVED
-from torchrl_sglang.protocol import LogitProcessor
+from torchrl_sglang.generate.processors.remote import num_generated
+from torchrl_sglang.generate.processors.ship import SERVED
+from torchrl_sglang.generate.request import LogitProcessor
 
 VOCAB = 8
 INF = math.inf
@@ -322,7 +322,7 @@ def test_combined_applies_in_order() -> None:
 
 
 def test_equal_masks_are_one_tensor_for_as_long_as_they_are_used() -> None:
-    from torchrl_sglang import processors_served as served
+    from torchrl_sglang.generate.processors import remote as served
 
     pipeline = served.processor(["tokens"])()
     processors = [allowed_tokens([1, 2]), allowed_tokens([1, 2]), allowed_tokens([3])]
@@ -466,7 +466,7 @@ USER_PACKAGE = {
 FROM_MAIN = """
 import json, math, sys
 import torch
-from torchrl_sglang.processors import user_processor
+from torchrl_sglang.generate.processors.make import user_processor
 
 TOKEN = 6
 

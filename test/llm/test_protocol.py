@@ -20,17 +20,17 @@ from torchrl_sglang.errors import (
     RequestAbortedError,
     ResponseError,
 )
-from torchrl_sglang.gate import UpdateGate
-from torchrl_sglang.info import (
+from torchrl_sglang.generate.client import Body
+from torchrl_sglang.generate.parse import parse_completion
+from torchrl_sglang.generate.request import Returns
+from torchrl_sglang.servers.gate import UpdateGate
+from torchrl_sglang.servers.info import (
     Capabilities,
     WorkerInfo,
     parse_capabilities,
     parse_worker_info,
     parse_worker_urls,
 )
-from torchrl_sglang.parsing import parse_completion
-from torchrl_sglang.posting import Body
-from torchrl_sglang.protocol import Returns
 
 REQUEST = GenerateRequest(input_ids=(1, 2, 3), rid="r1")
 Change = Callable[[dict[str, Any]], object]

@@ -17,13 +17,14 @@ from torch.distributed.distributed_c10d import _world
 
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import PushError, RequestRefusedError, ServiceBrokenError
-from torchrl_sglang.gate import UpdateGate
-from torchrl_sglang.threads import in_thread
-from torchrl_sglang.weights import broadcast as broadcast_module
+from torchrl_sglang.servers.gate import UpdateGate
+from torchrl_sglang.servers.threads import in_thread
+from torchrl_sglang.servers.together import Engines
+from torchrl_sglang.servers.versions import KnownVersions
 from torchrl_sglang.weights import connection as connection_module
-from torchrl_sglang.weights import update as update_module
-from torchrl_sglang.weights.broadcast import Broadcast
-from torchrl_sglang.weights.engines import Engines
+from torchrl_sglang.weights import push as update_module
+from torchrl_sglang.weights.carry import broadcast as broadcast_module
+from torchrl_sglang.weights.carry.broadcast import Broadcast
 from torchrl_sglang.weights.streams import handed_over
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
@@ -61,7 +62,7 @@ PLACES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "transfer": lambda patched: patched.setattr(broadcast_module, "Payloads", interrupt),
     "end of the transfer": interrupt_last_wait,
     "version": lambda patched: patched.setattr(Engines, "set_version", interrupt),
-    "before the commit": lambda p: p.setattr(AsyncSGLang, "set_pushed_version", interrupt),
+    "before the commit": lambda p: p.setattr(KnownVersions, "set_pushed", interrupt),
     "commit": lambda patched: patched.setattr(UpdateGate, "commit", interrupt),
 }
 
@@ -247,7 +248,7 @@ def test_servers_that_change_are_joined_anew(
     scheme = connected(proxied)
     scheme.send(model)
     with FaultProxy(proxy.target) as moved:
-        proxied._url = moved.url
+        proxied.servers.url = moved.url
         proxied.refresh()
         proxy.seen.clear()
         scheme.send(perturb(model, seed=55))

@@ -21,9 +21,9 @@ from torchrl_sglang.errors import (
     VerificationError,
     WeightsError,
 )
-from torchrl_sglang.threads import in_thread
-from torchrl_sglang.weights.broadcast import Broadcast
-from torchrl_sglang.weights.engines import Engines
+from torchrl_sglang.servers.threads import in_thread
+from torchrl_sglang.servers.together import Engines
+from torchrl_sglang.weights.carry.broadcast import Broadcast
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 24, "ignore_eos": True}

@@ -26,7 +26,7 @@ from torchrl_sglang import (
     Timeouts,
 )
 from torchrl_sglang.errors import ConnectError, NoWorkersError
-from torchrl_sglang.protocol import Returns, passes_router
+from torchrl_sglang.generate.request import Returns, passes_router
 
 COUNTERS = {
     "requests": "sglang:num_requests_total",
@@ -241,7 +241,7 @@ def test_a_push_reaches_both(replicas: AsyncSGLang, model: Any) -> None:
 
 def kill(service: AsyncSGLang, name: str) -> None:
     """Ends a child at once; returns when that is known."""
-    fleet = service._local.fleet
+    fleet = service.servers.fleet
     assert fleet is not None
     child = next(child for child in fleet._children if child.name == name)
     os.kill(descendants(child.pid)[0].pid, signal.SIGKILL)
@@ -280,7 +280,7 @@ def test_a_router_that_died_is_started_again(
 def test_a_router_that_does_not_start_again(
     replicas: AsyncSGLang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet = replicas._local.fleet
+    fleet = replicas.servers.fleet
     assert fleet is not None
     wrong = replace(fleet._plan.router, extra_args={"no_such_option": 1})
     with monkeypatch.context() as patched:
@@ -333,7 +333,7 @@ def test_one_that_a_push_does_not_reach_leaves_the_router(
         scheme.connect()
         scheme.send(perturb(model, seed=3))
         scheme.close()
-        routed = attached._front.get("/workers")["workers"]
+        routed = attached.servers._front.get("/workers")["workers"]
         assert [worker["url"] for worker in routed] == [first]
     replicas.drop_worker(second)
     assert [worker.url for worker in replicas.workers] == [first]
@@ -351,7 +351,7 @@ def test_when_every_server_died(replicas: AsyncSGLang) -> None:
     replicas.refresh()
     with pytest.raises(NoWorkersError, match="restart_workers"):
         replicas.generate([5, 6], SAMPLING)
-    replicas._local.others_push = True  # so that the servers have to be asked
+    replicas.servers.versions.others_push = True  # so that the servers have to be asked
     with pytest.raises(NoWorkersError, match="restart_workers"):
         replicas.generate([5, 6], SAMPLING)
     assert time.monotonic() - begun < 2.0

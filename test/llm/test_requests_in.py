@@ -18,7 +18,7 @@ from torchrl_sglang.errors import (
     SGLangError,
     UnsupportedOptionError,
 )
-from torchrl_sglang.requests_in import requests_of, to_requests
+from torchrl_sglang.generate.request import requests_of, to_requests
 
 
 def in_short(value: Any) -> str:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,9 +32,10 @@ from torchrl_sglang.errors import (
 from torchrl_sglang.launch.guard import session_members
 from torchrl_sglang.launch.ports import wait_until_free
 from torchrl_sglang.launch.process import ChildProcess
-from torchrl_sglang.weights import revive
-from torchrl_sglang.weights.broadcast import Broadcast
-from torchrl_sglang.weights.engines import Engines
+from torchrl_sglang.servers import health
+from torchrl_sglang.servers.members import Servers
+from torchrl_sglang.servers.together import Engines
+from torchrl_sglang.weights.carry.broadcast import Broadcast
 
 
 def test_servers_of_others_are_not_started_again(attached: AsyncSGLang) -> None:
@@ -149,19 +149,16 @@ def test_which_servers_are_started_again(
     fault: str | None,
     found: bool,
 ) -> None:
-    monkeypatch.setattr(revive, "ALIVE_S", 2.0)
-    monkeypatch.setattr(revive, "LAG_S", 0.2)
+    monkeypatch.setattr(health, "ALIVE_S", 2.0)
+    monkeypatch.setattr(health, "LAG_S", 0.2)
     if fault is not None:
         proxy.faults[fault] = Fault(delay_s=30.0)
-    service = SimpleNamespace(
-        managed_urls={proxy.url} if managed else set(),
-        timeouts=Timeouts(control_s=2.0),
-        cluster=SimpleNamespace(
-            workers=proxied.workers,
-            infos=[replace(info, device=device) for info in proxied.cluster.infos],
-        ),
-    )
-    assert revive.to_revive(service) == ((proxy.url,) if found else ())
+    servers = proxied.servers
+    infos = tuple(replace(info, device=device) for info in proxied.cluster.infos)
+    servers.timeouts = Timeouts(control_s=2.0)
+    servers._cluster = replace(proxied.cluster, infos=infos)
+    monkeypatch.setattr(Servers, "managed_urls", (proxy.url,) if managed else ())
+    assert servers.lifeless() == ((proxy.url,) if found else ())
 
 
 def test_a_port_is_waited_for() -> None:
@@ -197,7 +194,7 @@ def test_what_is_stopped_is_killed_with_all_its_children(tmp_path: Path) -> None
 
 def test_nothing_is_started_after_the_end(monkeypatch: pytest.MonkeyPatch, service: Any) -> None:
     """A restart that another thread's shutdown overtakes leaves no server behind."""
-    fleet = service._local.fleet
+    fleet = service.servers.fleet
     monkeypatch.setattr(fleet, "_stopped", True)
     with pytest.raises(LaunchError, match="shut down"):
         fleet._spawn("server-9", ["true"], {})

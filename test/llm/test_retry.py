@@ -22,7 +22,7 @@ from torchrl_sglang.errors import (
     ResponseError,
     ServerFailedError,
 )
-from torchrl_sglang.protocol import Returns
+from torchrl_sglang.generate.request import Returns
 
 SHORT = {"max_new_tokens": 3, "ignore_eos": True}
 RETRY_S = 0.5  # attempts at 0 and 0.2 s; the next would be at 0.6 s
@@ -166,7 +166,7 @@ def test_a_server_that_is_gone(proxy: FaultProxy, service: AsyncSGLang, pushed: 
     with AsyncSGLang.connect(proxy.url, api_key=service.api_key, timeouts=timeouts) as external:
         external.generate([5, 6], SHORT)
         if pushed:
-            external.set_pushed_version(1)
+            external.servers.versions.set_pushed(1)
         proxy.__exit__()
         start = time.monotonic()
         try:

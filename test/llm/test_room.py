@@ -15,8 +15,8 @@ from test_seeds import cut, rows
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWrapper
 from torchrl_sglang.errors import InputError, PromptTooLongError, RequestRefusedError
-from torchrl_sglang.protocol import Media, SessionTurn
-from torchrl_sglang.room import (
+from torchrl_sglang.generate.request import Media, SessionTurn
+from torchrl_sglang.generate.room import (
     BEYOND_LONGEST_INPUT,
     check_room,
     fitted,
@@ -149,7 +149,7 @@ def test_it_can_be_refused_instead(
     def sent(*args: Any) -> Any:
         raise AssertionError("something was sent")
 
-    monkeypatch.setattr(service, "_data_plane", sent)
+    monkeypatch.setattr(service._local.generator, "data_plane", sent)
     policy = SGLangWrapper(
         service,
         input_mode="tokens",

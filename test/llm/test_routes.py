@@ -14,13 +14,13 @@ import torch
 from servers import needs_version_spans, num_running, perturb, wait_until
 
 from torchrl_sglang import AsyncSGLang, Completion, GenerateRequest, SGLangWeightSyncScheme
-from torchrl_sglang.completions import VersionSpan
 from torchrl_sglang.errors import ResponseError
-from torchrl_sglang.parsing import parse_completion
-from torchrl_sglang.partial import joined
-from torchrl_sglang.protocol import Returns
-from torchrl_sglang.rollout.facts import _routed_experts
-from torchrl_sglang.routes import as_sampled
+from torchrl_sglang.generate.completion import VersionSpan
+from torchrl_sglang.generate.parse import parse_completion
+from torchrl_sglang.generate.partial import joined
+from torchrl_sglang.generate.request import Returns
+from torchrl_sglang.generate.routes import as_sampled
+from torchrl_sglang.policy.outputs.extras import _routed_experts
 
 WIDTH = 4  # two layers of two experts
 PROMPT, SAMPLED = 3, 5

@@ -27,7 +27,8 @@ from torchrl_sglang.errors import (
     RequestRefusedError,
     UnsupportedOptionError,
 )
-from torchrl_sglang.features import Features
+from torchrl_sglang.generate.check import check_features
+from torchrl_sglang.servers.info import Features
 
 EOS = 2
 PROMPTS = [[i, 2 * i + 3, 77, 100 + i] for i in range(3, 7)]
@@ -461,6 +462,6 @@ def test_stops_that_the_server_would_fail_on(options: dict[str, Any]) -> None:
 def test_min_p_where_seeds_are_used() -> None:
     """SGLang's sampler has an assertion against the two, which ends the server."""
     request = GenerateRequest(input_ids=(5,), sampling=SamplingParams(min_p=0.1))
-    Features().check(request)
+    check_features(request, Features())
     with pytest.raises(UnsupportedOptionError, match="min_p"):
-        Features(deterministic=True).check(request)
+        check_features(request, Features(deterministic=True))

@@ -16,8 +16,8 @@ from transformers import GenerationConfig
 
 from torchrl_sglang import SamplingParams
 from torchrl_sglang.errors import ConfigError, UnsupportedOptionError
-from torchrl_sglang.rollout.setup import choose_sampling, sampling_options
-from torchrl_sglang.sampling_names import REFUSED
+from torchrl_sglang.generate.sampling_names import REFUSED
+from torchrl_sglang.policy.arguments import choose_sampling, sampling_options
 
 from_kwargs = SamplingParams.from_kwargs
 

@@ -19,8 +19,8 @@ from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWrapper
-from torchrl_sglang.protocol import LogitProcessor, Media, SessionTurn
-from torchrl_sglang.seeds import own_seeds
+from torchrl_sglang.generate.request import LogitProcessor, Media, SessionTurn
+from torchrl_sglang.generate.seeds import own_seeds
 
 SEED = 7
 SHORT = {"max_new_tokens": 2, "seed": SEED}

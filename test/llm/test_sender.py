@@ -39,8 +39,8 @@ from torchrl_sglang.errors import (
     VersionError,
     WeightsError,
 )
-from torchrl_sglang.threads import in_thread
-from torchrl_sglang.weights.expected import meta_model
+from torchrl_sglang.servers.threads import in_thread
+from torchrl_sglang.weights.source.expected import meta_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using WeightUpdaterBase is deprecated:DeprecationWarning"),
@@ -111,7 +111,7 @@ def at_version(service: AsyncSGLang, version: int) -> None:
     for worker in service.workers:
         body = {"new_version": str(version), "abort_all_requests": False}
         worker.post("/update_weight_version", body)
-    service.set_pushed_version(version)
+    service.servers.versions.set_pushed(version)
 
 
 # The recipe
@@ -182,6 +182,7 @@ def test_a_url_means_the_service_of_this_process(
 def test_num_gpus_of_one_server_or_of_all(service: AsyncSGLang) -> None:
     two = SimpleNamespace(
         cluster=SimpleNamespace(infos=(service.info, service.info)),
+        servers=service.servers,
         server_url=service.server_url,
         get_tp_size=service.get_tp_size,
         get_dp_size=service.get_dp_size,

@@ -36,7 +36,7 @@ from torchrl_sglang.errors import (
     ServerFailedError,
     ServiceClosedError,
 )
-from torchrl_sglang.protocol import SessionTurn, new_rid
+from torchrl_sglang.generate.request import SessionTurn, new_rid
 
 SHORT = SamplingParams(max_new_tokens=5, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=1500, ignore_eos=True)

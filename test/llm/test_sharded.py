@@ -12,7 +12,7 @@ from servers import CPU_SERVER_ARGS, worst_error
 from two_ranks import in_ranks, moved, trained
 
 from torchrl_sglang import AsyncSGLang
-from torchrl_sglang.weights.sharded import ShardedWeights
+from torchrl_sglang.weights.source.sharded import ShardedWeights
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 
@@ -57,7 +57,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, WeightSyncConfig, assist_push
-from torchrl_sglang.weights.payload import Payloads
+from torchrl_sglang.weights.carry.payload import Payloads
 
 path, options = pickle.loads(bytes.fromhex(sys.argv[1]))
 dist.init_process_group("gloo")
@@ -74,7 +74,7 @@ flattened, killed = Payloads._flattened, []
 
 def kill(payloads, index, bucket):
     if index == 1 and not killed:
-        [server] = [each for each in service._local.fleet._children if each.name == "server-0"]
+        [server] = [each for each in service.servers.fleet._children if each.name == "server-0"]
         os.killpg(server.pid, signal.SIGKILL)
         killed.append(server.pid)
     return flattened(payloads, index, bucket)
@@ -117,7 +117,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor, Shard
 from torchrl_sglang import assist_push
 from torchrl_sglang.errors import SGLangError
-from torchrl_sglang.weights.sharded import ShardedWeights, leading
+from torchrl_sglang.weights.source.sharded import ShardedWeights, leading
 
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
@@ -186,7 +186,7 @@ said = {
     "again": push("ab"),
 }
 small = parts("a", "b", "c", rows=1)
-from torchrl_sglang.weights.source import untied
+from torchrl_sglang.weights.source.named import untied
 said["untied"] = sorted(untied(small))
 print(json.dumps(said), flush=True)
 dist.destroy_process_group()
@@ -248,7 +248,7 @@ class Lookups(torch.Tensor):
 
 def test_lookups_follow_what_was_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
-    monkeypatch.setattr("torchrl_sglang.weights.sharded.say", said.append)
+    monkeypatch.setattr("torchrl_sglang.weights.source.sharded.say", said.append)
     parts = {name: torch.zeros(2).as_subclass(Lookups) for name in "abc"}
     weights = ShardedWeights({**parts, "plain": torch.ones(3)})
     weights.announce(["a", "plain", "b", "c"])

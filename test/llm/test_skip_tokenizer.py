@@ -24,14 +24,14 @@ from torchrl_sglang import (
     SGLangWrapper,
     Timeouts,
 )
-from torchrl_sglang.completions import VersionSpan
 from torchrl_sglang.errors import RequestRefusedError, ResponseError, UnsupportedOptionError
-from torchrl_sglang.protocol import Returns
-from torchrl_sglang.requests_in import to_requests
-from torchrl_sglang.rollout.own_stops import cut_at_stops
-from torchrl_sglang.room import BEYOND_LONGEST_INPUT
-from torchrl_sglang.two_parts import RULED_OUT, TwoParts
-from torchrl_sglang.vocabulary import configured_eos_ids
+from torchrl_sglang.generate.completion import VersionSpan
+from torchrl_sglang.generate.request import Returns, to_requests
+from torchrl_sglang.generate.room import BEYOND_LONGEST_INPUT
+from torchrl_sglang.generate.two_parts import RULED_OUT, TwoParts
+from torchrl_sglang.policy.requests.stops import cut_at_stops
+from torchrl_sglang.servers.attach import configured_eos_ids
+from torchrl_sglang.servers.members import Servers
 
 EOS = 2
 SAMPLING = {"max_new_tokens": 5, "ignore_eos": True}
@@ -68,7 +68,7 @@ def nothing_sent(bare: AsyncSGLang, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> Any:
         raise AssertionError("something was sent")
 
-    monkeypatch.setattr(bare, "_data_plane", fail)
+    monkeypatch.setattr(bare._local.generator, "data_plane", fail)
 
 
 @pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
@@ -250,7 +250,7 @@ def test_where_min_new_tokens_stays_refused(
     info = bare.info
     unknown = replace(info, features=replace(info.features, eos_ids=None))
     changed = replace(bare.cluster, infos=(unknown,))
-    monkeypatch.setattr(AsyncSGLang, "cluster", property(lambda self: changed))
+    monkeypatch.setattr(Servers, "cluster", property(lambda self: changed))
     with pytest.raises(UnsupportedOptionError, match=r"min_new_tokens=2.*config.json"):
         bare.generate([[5, 6]], fewest)
 

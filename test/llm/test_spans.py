@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
 from torchrl_sglang.errors import InputError, TokenizerError
-from torchrl_sglang.rollout.spans import assistant_spans, marked_tokens
-from torchrl_sglang.rollout.tokenizers import special_tokens
+from torchrl_sglang.policy.prompts.spans import assistant_spans, marked_tokens
+from torchrl_sglang.policy.tokenizers import special_tokens
 
 OPEN = "'<|im_start|>' + m['role'] + '\\n'"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

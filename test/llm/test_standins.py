@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrl_sglang.launch.server import CPU_SERVE
+from torchrl_sglang.launch.commands import CPU_SERVE
 
 # As a process that SGLang spawns does it: the file runs again, as __mp_main__.
 SETUP = f"""

@@ -15,12 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from torchrl_sglang import AsyncSGLang, Completion, SGLangWrapper
 from torchrl_sglang.errors import InputError
-from torchrl_sglang.rollout.chats import ChatFormat, Chats
-from torchrl_sglang.rollout.padding import Row, prompt_masks
-from torchrl_sglang.rollout.spans import assistant_spans
-from torchrl_sglang.rollout.texts import as_messages, contents, decode, decode_answers
-from torchrl_sglang.rollout.tokenizers import special_tokens
-from torchrl_sglang.rollout.turns import (
+from torchrl_sglang.policy.outputs.texts import as_messages, contents, decode, decode_answers
+from torchrl_sglang.policy.prompts.chats import ChatFormat, Chats
+from torchrl_sglang.policy.prompts.padding import Row, prompt_masks
+from torchrl_sglang.policy.prompts.spans import assistant_spans
+from torchrl_sglang.policy.prompts.turns import (
     SENTINEL,
     Turn,
     TurnMemory,
@@ -29,6 +28,7 @@ from torchrl_sglang.rollout.turns import (
     continued,
     sentinel_for,
 )
+from torchrl_sglang.policy.tokenizers import special_tokens
 
 TOKENIZER = make_tokenizer(vocab_size=300)
 OPEN, CLOSE = "{{ '<|im_start|>' ~ m.role ~ '\\n' }}", "{{ '<|im_end|>\\n' }}"

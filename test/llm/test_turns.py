@@ -24,7 +24,7 @@ from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens
 from transformers import AutoTokenizer
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
-from torchrl_sglang.rollout.turns import (
+from torchrl_sglang.policy.prompts.turns import (
     SENTINEL,
     SpecialTokens,
     Turn,

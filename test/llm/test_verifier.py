@@ -10,11 +10,10 @@ from test_weights_proof import SHAPES, Config, make, worker
 
 from torchrl_sglang import WeightSyncConfig
 from torchrl_sglang.errors import VerificationError
-from torchrl_sglang.features import Features
-from torchrl_sglang.info import Capabilities, WorkerInfo
-from torchrl_sglang.weights import verify as verify_module
-from torchrl_sglang.weights.served_dtype import Dtypes
-from torchrl_sglang.weights.verify import Verifier
+from torchrl_sglang.servers.info import Capabilities, Features, WorkerInfo
+from torchrl_sglang.weights.source.expected import Dtypes
+from torchrl_sglang.weights.verify import verifier as verify_module
+from torchrl_sglang.weights.verify.verifier import Verifier
 
 NO_CHECKSUMS = Capabilities(update_session=True, checksum=False, cache_salt=True)
 

@@ -15,8 +15,13 @@ from torchrl.modules.llm.policies import Tokens
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWrapper, Timeouts
 from torchrl_sglang.errors import ConfigError, InputError, UnsupportedOptionError
-from torchrl_sglang.protocol import Media, Returns
-from torchrl_sglang.vocabulary import QUESTION, check_ids, configured_vocab_size, told_vocab_size
+from torchrl_sglang.generate.check import check_ids
+from torchrl_sglang.generate.request import Media, Returns
+from torchrl_sglang.servers.attach import (
+    QUESTION,
+    configured_vocab_size,
+    told_vocab_size,
+)
 
 SIZE = 512  # of the model that the shared server runs
 FEW = {"max_new_tokens": 2, "ignore_eos": True}

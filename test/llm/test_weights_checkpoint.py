@@ -15,16 +15,15 @@ from tiny_model import make_model, make_tokenizer
 from transformers import Gemma3ForConditionalGeneration
 from transformers.models.gemma3.configuration_gemma3 import Gemma3Config
 
-import torchrl_sglang.weights.verify as verify_module
+import torchrl_sglang.weights.verify.verifier as verify_module
 from torchrl_sglang import WeightSyncConfig
 from torchrl_sglang.errors import VerificationError, WeightsError
-from torchrl_sglang.weights.checkpoint import CheckpointWeights, Writer, as_written
-from torchrl_sglang.weights.expected import expected_model
-from torchrl_sglang.weights.lazy import LazyWeights
-from torchrl_sglang.weights.sender import check_metadata, get_model_metadata
-from torchrl_sglang.weights.served_dtype import Dtypes
-from torchrl_sglang.weights.source import check_no_nan, matched, named_weights
-from torchrl_sglang.weights.verify import Verifier, _check_names
+from torchrl_sglang.sync.sender import check_metadata, get_model_metadata
+from torchrl_sglang.weights.source.checkpoint import CheckpointWeights, Writer, as_written
+from torchrl_sglang.weights.source.expected import Dtypes, expected_model
+from torchrl_sglang.weights.source.lazy import LazyWeights
+from torchrl_sglang.weights.source.named import check_no_nan, matched, named_weights
+from torchrl_sglang.weights.verify.verifier import Verifier, _check_names
 
 
 def gemma3() -> Any:

@@ -9,7 +9,10 @@ import pytest
 import torch
 from tiny_model import make_model, make_tokenizer
 
-from torchrl_sglang.weights.checksum import (
+from torchrl_sglang.weights.layout import EMBEDDING, HEAD, Rank, parts_of
+from torchrl_sglang.weights.source.expected import Dtypes
+from torchrl_sglang.weights.source.named import named_weights
+from torchrl_sglang.weights.verify.checksums import (
     RankChecksums,
     disagreements,
     expected_checksums,
@@ -17,9 +20,6 @@ from torchrl_sglang.weights.checksum import (
     parse_checksums,
     tensor_hash,
 )
-from torchrl_sglang.weights.served_dtype import Dtypes
-from torchrl_sglang.weights.shards import EMBEDDING, HEAD, Rank, parts_of
-from torchrl_sglang.weights.source import named_weights
 
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
 
@@ -193,7 +193,7 @@ def test_large_tensors_are_laid_out_in_chunks(
     table = torch.randn(45, 7, dtype=torch.float32)
     sent = {"a.o_proj.weight": table, HEAD: table}
     options: Any = {"dtypes": Dtypes(served=torch.bfloat16), "rank": rank, "on_gpu": on_gpu}
-    monkeypatch.setattr("torchrl_sglang.weights.checksum.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("torchrl_sglang.weights.verify.checksums.CHUNK_BYTES", chunk_bytes)
     sums = expected_checksums(sent, sent, **options)
     half = table.bfloat16()
     # 64 rows with the padding, 32 for each rank.

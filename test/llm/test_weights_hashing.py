@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import torchrl_sglang
-from torchrl_sglang.weights import hashing
-from torchrl_sglang.weights.checksum import tensor_hash
-from torchrl_sglang.weights.hashing import Sha256Hash, WordHash
+from torchrl_sglang.weights.verify import hashing
+from torchrl_sglang.weights.verify.checksums import tensor_hash
+from torchrl_sglang.weights.verify.hashing import Sha256Hash, WordHash
 
-CPU_FOLDER = Path(torchrl_sglang.__file__).parent / "cpu"
+CPU_FOLDER = Path(torchrl_sglang.__file__).parent / "launch" / "cpu"
 SCRIPT = Path(__file__).parent / "sglang_layout.py"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -13,11 +13,8 @@ from hypothesis import strategies as st
 from worker_infos import worker_info
 
 from torchrl_sglang.errors import TopologyError, WeightsError
-from torchrl_sglang.info import WorkerInfo
-from torchrl_sglang.weights.checkpoint import Writer
-from torchrl_sglang.weights.expected import Expected
-from torchrl_sglang.weights.payload import Payloads
-from torchrl_sglang.weights.plan import (
+from torchrl_sglang.servers.info import WorkerInfo
+from torchrl_sglang.weights.buckets import (
     Bucket,
     Ranks,
     TensorSpec,
@@ -25,7 +22,9 @@ from torchrl_sglang.weights.plan import (
     plan_ranks,
     spec_of,
 )
-from torchrl_sglang.weights.served_dtype import Dtypes, served_dtype
+from torchrl_sglang.weights.carry.payload import Payloads
+from torchrl_sglang.weights.source.checkpoint import Writer
+from torchrl_sglang.weights.source.expected import Dtypes, Expected, served_dtype
 
 DTYPES = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16, 1: torch.float8_e4m3fn}
 

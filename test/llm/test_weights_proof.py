@@ -9,12 +9,12 @@ import torch
 from worker_infos import worker_info
 
 from torchrl_sglang.errors import VerificationError
-from torchrl_sglang.info import WorkerInfo
-from torchrl_sglang.weights import proof as proof_module
-from torchrl_sglang.weights.checksum import RankChecksums, expected_checksums
-from torchrl_sglang.weights.proof import ChecksumProof
-from torchrl_sglang.weights.served_dtype import Dtypes
-from torchrl_sglang.weights.shards import EMBEDDING, Heads, Rank
+from torchrl_sglang.servers.info import WorkerInfo
+from torchrl_sglang.weights.layout import EMBEDDING, Heads, Rank
+from torchrl_sglang.weights.source.expected import Dtypes
+from torchrl_sglang.weights.verify import proof as proof_module
+from torchrl_sglang.weights.verify.checksums import RankChecksums, expected_checksums
+from torchrl_sglang.weights.verify.proof import ChecksumProof
 
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
 SHAPES = {

@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts, WeightSyncConfig
 from torchrl_sglang.errors import VerificationError
-from torchrl_sglang.weights.broadcast import Broadcast
-from torchrl_sglang.weights.checksum import expected_checksums, mismatches, parse_checksums
-from torchrl_sglang.weights.expected import model_config
-from torchrl_sglang.weights.served_dtype import Dtypes
-from torchrl_sglang.weights.shards import Rank, heads_of
-from torchrl_sglang.weights.source import named_weights
+from torchrl_sglang.weights.carry.broadcast import Broadcast
+from torchrl_sglang.weights.layout import Rank, heads_of
+from torchrl_sglang.weights.source.expected import Dtypes, model_config
+from torchrl_sglang.weights.source.named import named_weights
+from torchrl_sglang.weights.verify.checksums import expected_checksums, mismatches, parse_checksums
 
 pytestmark = pytest.mark.slow
 

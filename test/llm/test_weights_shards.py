@@ -17,10 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from torchrl_sglang.weights.checksum import expected_checksums
-from torchrl_sglang.weights.expected import expected_model, model_config
-from torchrl_sglang.weights.served_dtype import Dtypes
-from torchrl_sglang.weights.shards import (
+from torchrl_sglang.weights.layout import (
     EMBEDDING,
     HEAD,
     Heads,
@@ -30,6 +27,8 @@ from torchrl_sglang.weights.shards import (
     shard_of,
     why_unknown,
 )
+from torchrl_sglang.weights.source.expected import Dtypes, expected_model, model_config
+from torchrl_sglang.weights.verify.checksums import expected_checksums
 
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
 QKV, GATE_UP = f"{ATTENTION}qkv_proj.weight", f"{MLP}gate_up_proj.weight"

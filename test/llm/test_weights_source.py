@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from torchrl_sglang import get_model_metadata
 from torchrl_sglang.errors import WeightsError
-from torchrl_sglang.weights.expected import Expected, expected_model, expected_parameters
-from torchrl_sglang.weights.source import matched, named_weights, shown, unwrap
+from torchrl_sglang.weights.source.expected import Expected, expected_model, expected_parameters
+from torchrl_sglang.weights.source.named import matched, named_weights, shown, unwrap
 
 TOKENIZER = make_tokenizer(vocab_size=300)
 COMPILE = functools.partial(torch.compile, backend="eager")  # the default one warns on import

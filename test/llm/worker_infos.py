@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchrl_sglang.info import Capabilities, WorkerInfo
+from torchrl_sglang.servers.info import Capabilities, WorkerInfo
 
 
 def worker_info(**changes: Any) -> WorkerInfo:

@@ -17,11 +17,10 @@ from urllib.parse import urlsplit
 
 from ..config import RouterConfig, ServerConfig, Timeouts
 from ..errors import EngineNotFoundError, LaunchError, ProcessDiedError
+from .commands import exempt_from_proxies, router_argv, server_argv, server_env
 from .options import KnownOptions
 from .ports import PortReservation, wait_until_free
 from .process import ChildProcess, installed_version, known_options
-from .router import router_argv
-from .server import exempt_from_proxies, server_argv, server_env
 
 # A port that was free when reserved can still be refused; more often it is something else.
 PORT_ATTEMPTS = 3

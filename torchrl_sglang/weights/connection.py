@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-from ..client import ControlClient
-from ..config import WeightSyncConfig
+from ..config import SyncMethod, Timeouts, WeightSyncConfig
 from ..errors import ConfigError, EngineLostError, PushError
-from ..gate import ServiceState
-from ..info import WorkerInfo
-from .broadcast import sending_device
-from .carrier import Carrier
-from .choose import Choice, choose_method, make_carrier
-from .engines import Engines
-from .revive import to_revive
+from ..servers.gate import ServiceState
+from ..servers.hosts import is_here
+from ..servers.http import ControlClient
+from ..servers.info import WorkerInfo
+from ..servers.members import Servers
+from ..servers.together import Engines
+from .carry.broadcast import Broadcast, sending_device
+from .carry.carrier import Carrier
+from .carry.disk import DiskCarrier
+from .carry.memory import TensorCarrier
+from .carry.payload import Layout
 
 
 class Connection:
     """Joins the trainer and all servers of a service, in the way that the weights take.
 
     Args:
-        service: the servers; anything with ``cluster``, ``gate``, ``timeouts``,
-            ``set_pushed_version``, ``drop_worker`` and what `Members` has.
+        servers: whom it pushes to.
         config: how to push.
         master_address: address at which the servers reach this process.
         master_port: port of the rendezvous; a free one by default.
@@ -41,7 +44,7 @@ class Connection:
 
     def __init__(
         self,
-        service: Any,
+        servers: Servers,
         *,
         config: WeightSyncConfig | None = None,
         master_address: str | None = None,
@@ -49,9 +52,9 @@ class Connection:
         device: torch.device | str | int | None = None,
         model_path: str | None = None,
     ) -> None:
-        self._service = service
+        self._servers = servers
         self.config = config or WeightSyncConfig()
-        if self.config.lost_engines == "restart" and not service.managed:
+        if self.config.lost_engines == "restart" and not servers.managed:
             raise ConfigError(
                 "lost_engines='restart', but this service did not start its servers, so it can't "
                 "start them again: use 'raise' or 'drop'."
@@ -78,7 +81,7 @@ class Connection:
         with self._lock:
             # Found out in the caller's thread: another one's current GPU may be another.
             self._sending_device = sending_device(self._infos[0].device, self._device)
-            if self._service.state is ServiceState.BROKEN:
+            if self._servers.state is ServiceState.BROKEN:
                 self._restart_lifeless()
             try:
                 self._connect()
@@ -89,27 +92,27 @@ class Connection:
             self._connected = True
 
     def _restart_lifeless(self) -> bool:
-        urls = to_revive(self._service)
+        urls = self._servers.lifeless()
         if urls:
-            self._service.restart_workers(urls)
+            self._servers.restart(urls)
         return bool(urls)
 
     def _connect(self) -> None:
         self._drop()
-        timeouts, device = self._service.timeouts, self._sending_device
+        timeouts, device = self._servers.timeouts, self._sending_device
         self._engines = Engines(self._workers, self._infos, timeouts.control_s, timeouts.step_s)
         self._choice = choose_method(self.config.method, self._infos, device)
         self._carrier = make_carrier(
             self._choice,
             self._engines,
             device=device,
-            address=self._master_address or self._service.get_master_address(),
+            address=self._master_address or self._servers.master_address,
             port=self._master_port,
             layout=self.config.layout,
             folder=self.config.folder,
             model_path=self.model_path,
             timeouts=timeouts,
-            owner=self._service,
+            owner=self._servers,
         )
         self._engines.ask_for(self._carrier.route)  # a wrong key is known before anything is begun
         self._carrier.connect()
@@ -148,14 +151,88 @@ class Connection:
     @property
     def model_path(self) -> str:
         """Where the served model's config is."""
-        return self._model_path or str(self._service.model_path)
+        return self._model_path or self._servers.model_path
 
     @property
     def _workers(self) -> Sequence[ControlClient]:
-        workers: Sequence[ControlClient] = self._service.cluster.workers
+        workers: Sequence[ControlClient] = self._servers.cluster.workers
         return workers
 
     @property
     def _infos(self) -> Sequence[WorkerInfo]:
-        infos: Sequence[WorkerInfo] = self._service.cluster.infos
+        infos: Sequence[WorkerInfo] = self._servers.cluster.infos
         return infos
+
+
+FullMethod = Literal["broadcast", "tensor", "disk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A way, and why it was taken.
+
+    Attributes:
+        method: its name.
+        reason: in words.
+    """
+
+    method: FullMethod
+    reason: str
+
+
+def choose_method(method: SyncMethod, infos: Sequence[WorkerInfo], device: torch.device) -> Choice:
+    """The way to these servers.
+
+    Args:
+        method: what is asked for.
+        infos: the servers.
+        device: the trainer's, from `sending_device`.
+    """
+    if method in ("broadcast", "tensor", "disk"):
+        return Choice(method=method, reason="it was asked for")
+    parallel = [info.url for info in infos if info.pp_size > 1 or info.num_copies > 1]
+    if parallel:
+        return Choice(
+            method="disk",
+            reason=f"{parallel[0]} has data- or pipeline-parallel ranks, which only files reach",
+        )
+    if infos[0].device == "cpu":
+        return Choice(method="broadcast", reason="servers on CPUs take broadcasts over gloo")
+    if device.type != "cuda":
+        return Choice(
+            method="disk", reason="the trainer has no GPU, which NCCL and CUDA handles both need"
+        )
+    sharing = [info.url for info in infos if is_here(info.url) and device.index in info.gpus]
+    if sharing:
+        return Choice(
+            method="tensor",
+            reason=f"{sharing[0]} runs on the trainer's GPU, where NCCL takes one rank only",
+        )
+    return Choice(method="broadcast", reason="trainer and servers have GPUs of their own")
+
+
+def make_carrier(
+    choice: Choice,
+    engines: Engines,
+    *,
+    device: torch.device,
+    address: str,
+    port: int | None,
+    layout: Layout,
+    folder: str | None,
+    model_path: str,
+    timeouts: Timeouts,
+    owner: Any,
+) -> Carrier:
+    """The carrier of a choice; arguments and errors are those of its class."""
+    match choice.method:
+        case "broadcast":
+            return Broadcast(
+                engines, address=address, port=port, device=device, layout=layout, timeouts=timeouts
+            )
+        case "tensor":
+            return TensorCarrier(engines, device=device, timeouts=timeouts)
+        case "disk":
+            return DiskCarrier(
+                engines, folder=folder, model_path=model_path, timeouts=timeouts, owner=owner
+            )

@@ -1,168 +1,163 @@
-"""Which bytes go into which broadcast: pure functions over names, sizes and ranks."""
+"""What a push will do, found possible before anything is touched."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
+from torch import nn
 
-from ..errors import TopologyError
-from ..info import WorkerInfo
-
-FLATTENED = "flattened_bucket"
+from ..config import WeightSyncConfig
+from ..errors import WeightsError
+from ..servers.info import WorkerInfo
+from .buckets import Bucket, plan_buckets, spec_of
+from .source.checkpoint import as_written
+from .source.expected import Dtypes, Expected, expected_model, model_config, served_dtype
+from .source.lazy import parts_of
+from .source.merged import MergedWeights, adapter_parameters, has_adapters, tuned_layers
+from .source.named import check_finite, check_no_nan, matched, named_weights, unwrap
+from .source.sharded import ShardedWeights, is_sharded
+from .verify.verifier import Verifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """A tensor as it is announced.
+class Plan:
+    """A push.
 
     Attributes:
-        name: Hugging Face's name.
-        dtype: dtype in which it travels.
-        shape: its shape.
+        weights: what is sent, under the names of the served model's checkpoint.
+        sharded: those that ranks of the trainer gather for it, None if it is none.
+        buckets: which tensors travel together.
+        verifier: proves afterwards that it arrived.
+        version: the weights' new version.
+        partial: the servers keep what is not sent.
+        repairs: the push before failed, and may have left servers dead or stuck.
     """
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one element."""
-        return self.dtype.itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.item_bytes
+    weights: Mapping[str, torch.Tensor]
+    sharded: ShardedWeights | None
+    buckets: list[Bucket]
+    verifier: Verifier
+    version: int
+    partial: bool
+    repairs: bool
 
 
-def spec_of(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSpec:
-    """How a tensor is announced that travels in ``dtype``."""
-    return TensorSpec(name=name, dtype=dtype, shape=tuple(tensor.shape))
+def make_plan(
+    source: Any,
+    *,
+    model_path: str,
+    infos: Sequence[WorkerInfo],
+    config: WeightSyncConfig,
+    reference: nn.Module | None,
+    version: int,
+    verifies: bool,
+    copy: bool,
+    partial: bool = False,
+    repairs: bool = False,
+) -> Plan:
+    """Reads and checks the weights.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Bucket:
-    """Tensors that travel in one broadcast, end to end, as raw bytes in this order."""
-
-    tensors: tuple[TensorSpec, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the broadcast."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
-
-    @classmethod
-    def probe(cls, name: str) -> Self:
-        """A bucket of one float32 element."""
-        spec = TensorSpec(name=name, dtype=torch.float32, shape=(1,))
-        return cls(tensors=(spec,))
-
-    def announcement(self, group_name: str) -> dict[str, Any]:
-        """The body of ``/update_weights_from_distributed``."""
-        return {
-            "names": [tensor.name for tensor in self.tensors],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors],
-            "shapes": [list(tensor.shape) for tensor in self.tensors],
-            "group_name": group_name,
-            "load_format": FLATTENED,
-            # The defaults are unsafe: a flush can fail after the weights changed, and the version
-            # would be set before every engine has everything.
-            "flush_cache": False,
-            "abort_all_requests": False,
-            "weight_version": None,
-        }
-
-
-# Multi-head latent attention: SGLang fuses the first two, derives what it computes with from the
-# third and its scales, and joins parts of the last, all within the call that loads them. Divided,
-# they would be lost in silence.
-# Source: ``models/deepseek_common/deepseek_weight_loader.py`` of SGLang 0.5.23.
-TOGETHER = re.compile(r"(.*\.self_attn)\.(?:q_a_proj|kv_a_proj_with_mqa|kv_b_proj|indexer)\.")
-
-
-def plan_buckets(tensors: Iterable[TensorSpec], bucket_bytes: int) -> list[Bucket]:
-    """Divides tensors into buckets of at most ``bucket_bytes``; a larger tensor is one alone.
-
-    Tensors that a server has to load together (`TOGETHER`) are never divided, even where they are
-    more than that. Within a bucket wider elements come first: the server refuses a tensor whose
-    offset is not a multiple of its element size, and any sum of wider elements is.
-    """
-    buckets: list[Bucket] = []
-    held: list[TensorSpec] = []
-    size = 0
-    for group in _groups(tensors):
-        added = sum(tensor.num_bytes for tensor in group)
-        if held and size + added > bucket_bytes:
-            buckets.append(_bucket(held))
-            held, size = [], 0
-        held += group
-        size += added
-    if held:
-        buckets.append(_bucket(held))
-    return buckets
-
-
-def _groups(tensors: Iterable[TensorSpec]) -> Iterable[list[TensorSpec]]:
-    groups: dict[str, list[TensorSpec]] = {}
-    for tensor in tensors:
-        together = TOGETHER.match(tensor.name)
-        groups.setdefault(together[1] if together else tensor.name, []).append(tensor)
-    return sorted(groups.values(), key=lambda group: -max(t.item_bytes for t in group))
-
-
-def _bucket(tensors: list[TensorSpec]) -> Bucket:
-    return Bucket(tensors=tuple(sorted(tensors, key=lambda t: -t.item_bytes)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """Who is who in the collective; the trainer is rank 0.
-
-    Attributes:
-        world_size: the trainer and every rank of every server.
-        offsets: first rank of each server.
-    """
-
-    world_size: int
-    offsets: tuple[int, ...]
-
-
-def plan_ranks(workers: Sequence[WorkerInfo]) -> Ranks:
-    """Numbers the ranks of all servers.
+    Args:
+        source: module, wrapper, TensorDict or state dict.
+        model_path: where the served model's config is.
+        infos: the servers.
+        config: how to push.
+        reference: model to verify with, if ``source`` is none.
+        version: the weights' new version.
+        verifies: the push will be verified.
+        copy: the push runs while the trainer goes on: take a copy of the weights, and compute now
+            what is needed of the model.
+        partial: a part of the model's parameters is pushed, the others stay as they are.
+        repairs: the push before failed.
 
     Raises:
-        TopologyError: a server has data- or pipeline-parallel ranks, which a broadcast can't reach.
+        WeightsError: there are none, or names, shapes, dtypes or values are not as they should be.
+        VerificationError: the servers can't be verified in the way that is asked for.
     """
-    offsets, next_rank = [], 1
-    for worker in workers:
-        check_topology(worker)
-        offsets.append(next_rank)
-        next_rank += worker.tp_size
-    return Ranks(world_size=next_rank, offsets=tuple(offsets))
+    expected = expected_model(model_path)
+    refuse_quantised(infos, model_path)
+    named = matched(named_weights(source, config.translate), expected, partial=partial)
+    if config.check_finite:
+        # Buffers may be infinite for good, such as the bounds of what is not bounded.
+        numbers = {name: t for name, t in named.items() if name not in expected.optional}
+        check_finite({**numbers, **_adapters(source)})
+        check_no_nan({name: t for name, t in named.items() if name in expected.optional})
+    dtypes = Dtypes(served=served_dtype(infos[0], expected), wide=expected.wide)
+    weights = _made_when_sent(named, source, expected)
+    sharded = weights if isinstance(weights, ShardedWeights) else None
+    if copy:
+        if sharded is not None:
+            raise WeightsError(
+                "sharded weights are gathered by all ranks together, which can't go on while they "
+                "train: push with WeightSyncConfig(non_blocking=False)."
+            )
+        weights = {name: t.detach().to(dtypes.of(name), copy=True) for name, t in weights.items()}
+    model = source if isinstance(source, nn.Module) else reference
+    if sharded is not None:
+        model = None
+    sent = as_written(weights, expected.writer)
+    whole = () if not partial else expected.names
+    verifier = Verifier(config, infos, sent, dtypes, model, partial=partial, whole=whole)
+    if verifies:
+        verifier.refuse_impossible()
+        if copy:
+            verifier.prepare()
+    specs = [spec_of(name, part, dtypes.of(name)) for name, part in parts_of(sent).items()]
+    return Plan(
+        weights=sent,
+        sharded=sharded,
+        buckets=plan_buckets(specs, config.bucket_bytes),
+        verifier=verifier,
+        version=version,
+        partial=partial,
+        repairs=repairs,
+    )
 
 
-def count_ranks(workers: Sequence[WorkerInfo]) -> int:
-    """Processes that hold weights, in all servers together."""
-    return sum(w.tp_size * w.pp_size * w.num_copies for w in workers)
+def _made_when_sent(
+    named: dict[str, torch.Tensor], source: Any, expected: Expected
+) -> Mapping[str, torch.Tensor]:
+    """The weights, of which sharded ones are gathered, and adapters merged, when they are sent.
+
+    Raises:
+        WeightsError: the weights are both; or an adapter changes one of two tied parameters.
+    """
+    adapted = isinstance(source, nn.Module) and has_adapters(unwrap(source))
+    layers = tuned_layers(unwrap(source)) if adapted else {}
+    if any(map(is_sharded, named.values())):
+        if layers:
+            raise WeightsError(
+                "a PEFT model that is sharded can't be merged here: push the adapters alone with "
+                "WeightSyncConfig(method='lora'), or a merged state dict."
+            )
+        return ShardedWeights(named)
+    for name, partner in expected.tied.items():
+        if partner in named and id(named[partner]) in layers:
+            raise WeightsError(
+                f"an adapter changes {partner} or {name}, which {expected.model_path} ties: merged "
+                "they would differ, and the servers hold only one of them. Leave both out of the "
+                "adapter's target_modules."
+            )
+    return MergedWeights(named, layers) if layers else named
 
 
-def check_topology(worker: WorkerInfo) -> None:
-    """Raises `TopologyError` where SGLang refuses a broadcast, or hangs in it."""
-    if worker.pp_size > 1:
-        raise TopologyError(
-            f"{worker.url} runs with pp_size={worker.pp_size}: a weight broadcast deadlocks there. "
-            "Use tp_size instead, or more replicas, or WeightSyncConfig(method='disk')."
-        )
-    if worker.num_copies > 1:
-        raise TopologyError(
-            f"{worker.url} runs with dp_size={worker.dp_size}: SGLang takes no weight broadcast "
-            "there. Use num_replicas instead of dp_size, or WeightSyncConfig(method='disk')."
-        )
+def _adapters(source: Any) -> dict[str, torch.Tensor]:
+    """The parameters of adapters that are merged into what is sent, if there are any."""
+    adapted = isinstance(source, nn.Module) and has_adapters(unwrap(source))
+    return adapter_parameters(unwrap(source)) if adapted else {}
+
+
+def refuse_quantised(infos: Sequence[WorkerInfo], model_path: str) -> None:
+    """Raises `WeightsError` where servers hold quantised weights, which a trainer's are not."""
+    for info in infos:
+        config = model_config(model_path)
+        kind = info.quantization or getattr(config, "quantization_config", None)
+        if kind:
+            raise WeightsError(
+                f"{info.url} serves quantised weights ({kind}): a push sends the trainer's as they "
+                "are, without the scales that go with quantised ones. Serve the model unquantised, "
+                "or push adapters alone with WeightSyncConfig(method='lora')."
+            )

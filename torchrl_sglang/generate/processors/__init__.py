@@ -1,0 +1,1 @@
+"""Logit processors: made here, run in the servers."""

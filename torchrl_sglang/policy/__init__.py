@@ -1,0 +1,1 @@
+"""From TensorDicts to requests, and from completions to TensorDicts."""

@@ -1,0 +1,1 @@
+"""From a TensorDict to lists of token ids."""

@@ -1,1 +1,0 @@
-"""What happens to prompts and completions on either side of the servers."""

@@ -1,0 +1,1 @@
+"""Who serves, what they run, and everything that is asked of them."""

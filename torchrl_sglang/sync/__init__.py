@@ -1,0 +1,1 @@
+"""TorchRL's faces of a weight sync."""

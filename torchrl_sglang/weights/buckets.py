@@ -1,0 +1,168 @@
+"""Which bytes go into which broadcast: pure functions over names, sizes and ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from ..errors import TopologyError
+from ..servers.info import WorkerInfo
+
+FLATTENED = "flattened_bucket"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor as it is announced.
+
+    Attributes:
+        name: Hugging Face's name.
+        dtype: dtype in which it travels.
+        shape: its shape.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.item_bytes
+
+
+def spec_of(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSpec:
+    """How a tensor is announced that travels in ``dtype``."""
+    return TensorSpec(name=name, dtype=dtype, shape=tuple(tensor.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Tensors that travel in one broadcast, end to end, as raw bytes in this order."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the broadcast."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @classmethod
+    def probe(cls, name: str) -> Self:
+        """A bucket of one float32 element."""
+        spec = TensorSpec(name=name, dtype=torch.float32, shape=(1,))
+        return cls(tensors=(spec,))
+
+    def announcement(self, group_name: str) -> dict[str, Any]:
+        """The body of ``/update_weights_from_distributed``."""
+        return {
+            "names": [tensor.name for tensor in self.tensors],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors],
+            "shapes": [list(tensor.shape) for tensor in self.tensors],
+            "group_name": group_name,
+            "load_format": FLATTENED,
+            # The defaults are unsafe: a flush can fail after the weights changed, and the version
+            # would be set before every engine has everything.
+            "flush_cache": False,
+            "abort_all_requests": False,
+            "weight_version": None,
+        }
+
+
+# Multi-head latent attention: SGLang fuses the first two, derives what it computes with from the
+# third and its scales, and joins parts of the last, all within the call that loads them. Divided,
+# they would be lost in silence.
+# Source: ``models/deepseek_common/deepseek_weight_loader.py`` of SGLang 0.5.23.
+TOGETHER = re.compile(r"(.*\.self_attn)\.(?:q_a_proj|kv_a_proj_with_mqa|kv_b_proj|indexer)\.")
+
+
+def plan_buckets(tensors: Iterable[TensorSpec], bucket_bytes: int) -> list[Bucket]:
+    """Divides tensors into buckets of at most ``bucket_bytes``; a larger tensor is one alone.
+
+    Tensors that a server has to load together (`TOGETHER`) are never divided, even where they are
+    more than that. Within a bucket wider elements come first: the server refuses a tensor whose
+    offset is not a multiple of its element size, and any sum of wider elements is.
+    """
+    buckets: list[Bucket] = []
+    held: list[TensorSpec] = []
+    size = 0
+    for group in _groups(tensors):
+        added = sum(tensor.num_bytes for tensor in group)
+        if held and size + added > bucket_bytes:
+            buckets.append(_bucket(held))
+            held, size = [], 0
+        held += group
+        size += added
+    if held:
+        buckets.append(_bucket(held))
+    return buckets
+
+
+def _groups(tensors: Iterable[TensorSpec]) -> Iterable[list[TensorSpec]]:
+    groups: dict[str, list[TensorSpec]] = {}
+    for tensor in tensors:
+        together = TOGETHER.match(tensor.name)
+        groups.setdefault(together[1] if together else tensor.name, []).append(tensor)
+    return sorted(groups.values(), key=lambda group: -max(t.item_bytes for t in group))
+
+
+def _bucket(tensors: list[TensorSpec]) -> Bucket:
+    return Bucket(tensors=tuple(sorted(tensors, key=lambda t: -t.item_bytes)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Who is who in the collective; the trainer is rank 0.
+
+    Attributes:
+        world_size: the trainer and every rank of every server.
+        offsets: first rank of each server.
+    """
+
+    world_size: int
+    offsets: tuple[int, ...]
+
+
+def plan_ranks(workers: Sequence[WorkerInfo]) -> Ranks:
+    """Numbers the ranks of all servers.
+
+    Raises:
+        TopologyError: a server has data- or pipeline-parallel ranks, which a broadcast can't reach.
+    """
+    offsets, next_rank = [], 1
+    for worker in workers:
+        check_topology(worker)
+        offsets.append(next_rank)
+        next_rank += worker.tp_size
+    return Ranks(world_size=next_rank, offsets=tuple(offsets))
+
+
+def count_ranks(workers: Sequence[WorkerInfo]) -> int:
+    """Processes that hold weights, in all servers together."""
+    return sum(w.tp_size * w.pp_size * w.num_copies for w in workers)
+
+
+def check_topology(worker: WorkerInfo) -> None:
+    """Raises `TopologyError` where SGLang refuses a broadcast, or hangs in it."""
+    if worker.pp_size > 1:
+        raise TopologyError(
+            f"{worker.url} runs with pp_size={worker.pp_size}: a weight broadcast deadlocks there. "
+            "Use tp_size instead, or more replicas, or WeightSyncConfig(method='disk')."
+        )
+    if worker.num_copies > 1:
+        raise TopologyError(
+            f"{worker.url} runs with dp_size={worker.dp_size}: SGLang takes no weight broadcast "
+            "there. Use num_replicas instead of dp_size, or WeightSyncConfig(method='disk')."
+        )

@@ -1,0 +1,1 @@
+"""The ways of named tensors into servers."""

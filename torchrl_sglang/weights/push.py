@@ -1,0 +1,393 @@
+"""A push: from named tensors to servers that run them, or to a service that is marked broken."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..config import WeightSyncConfig
+from ..errors import (
+    EngineLostError,
+    NotConnectedError,
+    PushError,
+    SGLangError,
+    WeightsError,
+)
+from ..servers.gate import ServiceState
+from ..servers.members import Servers
+from ..servers.threads import in_thread
+from ..servers.together import Engines
+from .carry.carrier import Carrier
+from .connection import Connection
+from .plan import Plan, make_plan
+from .repair import after_failure, forget_frames
+from .result import Course, PushResult, StepTimer
+from .source.expected import expected_model
+from .source.lazy import LazyWeights
+from .streams import handed_over
+
+
+class WeightPusher(Connection):
+    """Pushes whole models into every server of a service; arguments as in `Connection`."""
+
+    def __init__(self, servers: Servers, **kwargs: Any) -> None:
+        super().__init__(servers, **kwargs)
+        self._running: Future[PushResult] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is in the middle of a push, or of joining."""
+        running = self._running
+        return self._lock.locked() or (running is not None and not running.done())
+
+    def close(self) -> None:
+        """Leaves the group, on both sides, once a push under way is over; harmless twice.
+
+        Warns of what that push raised, which nobody else will hear of.
+        """
+        failed: Exception | None = None
+        try:
+            self.wait()
+        except Exception as error:  # noqa: BLE001
+            failed = error
+        with self._lock:
+            self._connected = False
+            self._leave()
+        if failed is not None:
+            warnings.warn(f"the last weight push failed: {failed}", RuntimeWarning, stacklevel=2)
+
+    def push(
+        self,
+        source: Any,
+        *,
+        version: int | None = None,
+        reference: nn.Module | None = None,
+        partial: bool = False,
+    ) -> PushResult:
+        """Pushes a model and returns once every server runs it.
+
+        Args:
+            source: module, wrapper, TensorDict or state dict.
+            version: the weights' new version; one more than the last by default.
+            reference: model to compute the probe's reference with, if ``source`` is none.
+            partial: ``source`` may be a part of the model; the rest stays as it is.
+
+        Raises:
+            NotConnectedError: before `connect`.
+            WeightsError: there are none, or names, shapes, dtypes or values are not as the served
+                model's; nothing was touched.
+            PushError: a step failed; the service is broken until a push succeeds.
+            VerificationError: the servers do not hold what was sent; broken likewise.
+        """
+        self.wait()
+        with self._lock:
+            plan = self._planned(source, version, reference, partial=partial)
+            return self._carried_out(plan)
+
+    def push_later(
+        self,
+        source: Any,
+        *,
+        version: int | None = None,
+        reference: nn.Module | None = None,
+        partial: bool = False,
+        keeping: object = None,
+    ) -> Future[PushResult]:
+        """Copies the weights and pushes them from another thread; arguments as in `push`.
+
+        New requests wait from now on, as in `push`. One push is under way at a time.
+
+        Args:
+            source: as in `push`.
+            version: as in `push`.
+            reference: as in `push`.
+            partial: as in `push`.
+            keeping: stays alive until the push is over.
+
+        Raises:
+            NotConnectedError, WeightsError: as in `push`, at once.
+            PushError, VerificationError: of the push before. This one's come in the future, in
+                `wait` and in the next push.
+        """
+        self.wait()
+        with self._lock:
+            plan = self._planned(source, version, reference, copy=True, partial=partial)
+            ready = handed_over([*plan.weights.values()], self._sending_device)
+
+            def carry_out(kept: object = keeping) -> PushResult:
+                with self._lock, self._broken_unless_done(), ready():
+                    return self._carried_out(plan)
+
+            with self._broken_unless_done():
+                self._servers.gate.begin()
+                self._running = in_thread(
+                    carry_out,
+                    "torchrl_sglang-push",
+                    # A script may end with its last push under way, which goes on to its end.
+                    exit_waits_s=self._servers.timeouts.transfer_s,
+                )
+            return self._running
+
+    def wait(self) -> PushResult | None:
+        """Waits for the push of `push_later`; raises what it raised, once."""
+        running = self._running
+        if running is None:
+            return None
+        wait([running])  # an exception in here (Ctrl-C) leaves the push's own for the next call
+        self._running = None
+        return running.result()
+
+    def _planned(
+        self,
+        source: Any,
+        version: int | None,
+        reference: nn.Module | None,
+        *,
+        copy: bool = False,
+        partial: bool = False,
+    ) -> Plan:
+        if not self._connected:
+            raise NotConnectedError(
+                "the weight sync is not connected: call connect() before pushing."
+            )
+        repairs = self._servers.state is ServiceState.BROKEN
+        if partial and repairs:
+            raise WeightsError(
+                "a part of the weights can't repair a service whose last push failed: push the "
+                "whole model."
+            )
+        plan = make_plan(
+            source,
+            model_path=self.model_path,
+            infos=self._infos,
+            config=self.config,
+            reference=reference,
+            version=self._next_version() if version is None else version,
+            # Also if this push is not verified: a repair in it would be.
+            verifies=self.config.verify != "never",
+            copy=copy,
+            partial=partial,
+            repairs=repairs,
+        )
+        if plan.sharded is not None:
+            tied = expected_model(self.model_path).tied
+            plan.sharded.compare(tied, finite=self.config.check_finite)
+        if self._carrier is not None:
+            self._carrier.prepare(plan.buckets)
+        return plan
+
+    @property
+    def _verifies(self) -> bool:
+        verify = self.config.verify
+        return verify == "always" or (verify == "first" and not self._verified)
+
+    @contextlib.contextmanager
+    def _broken_unless_done(self) -> Iterator[None]:
+        """Whatever ends the block early, Ctrl-C included, the service does not stay UPDATING."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self._servers.gate.fail(sys.exception() or RuntimeError("the push was given up"))
+
+    def _carried_out(self, plan: Plan) -> PushResult:
+        with self._servers.changing, self._broken_unless_done():
+            self._servers.gate.begin()
+            result = self._tried(plan)
+            self._servers.rejoin()
+            self._servers.versions.set_pushed(plan.version)
+            self._servers.gate.commit()
+            return result
+
+    def _tried(self, plan: Plan) -> PushResult:
+        course = Course()
+        if plan.repairs:
+            try:
+                self._revive(course)
+            except BaseException:
+                self._drop()  # with what it has made for this push
+                raise
+        while True:
+            try:
+                return self._attempt(plan, course)
+            except BaseException as raised:
+                in_session = self._may_be_in_session(raised)
+                self._drop()
+                if isinstance(plan.weights, LazyWeights):
+                    plan.weights.drain()
+                error = after_failure(raised, self._workers, in_session=in_session)
+                forget_frames(error)
+                if self._goes_on(error, plan, course):
+                    continue
+                if error is raised:
+                    raise
+                raise error from raised
+
+    def _may_be_in_session(self, error: BaseException) -> bool:
+        carrier, engines = self._carrier, self._engines
+        if carrier is None or engines is None or not (carrier.in_session and engines.has_session):
+            return False
+        step = error.step if isinstance(error, PushError) else None
+        return step in ("transfer", "end") or not isinstance(error, SGLangError)
+
+    def _attempt(self, plan: Plan, course: Course) -> PushResult:
+        timer = course.timer
+        if self._engines is not None and self._engines.workers != tuple(self._workers):
+            # Servers joined or left. One that is gone can't leave a group in order with the others.
+            gone = not {*self._engines.workers} <= {*self._workers}
+            self._drop() if gone else self._leave()
+        if self._carrier is None or not self._carrier.is_connected:
+            with timer.measure("join"):
+                self._connect()
+        carrier, engines, choice = self._carrier, self._engines, self._choice
+        assert carrier is not None and engines is not None and choice is not None
+        carrier.prepare(plan.buckets)
+        verifies = self._verifies
+        num_bytes = sum(bucket.num_bytes for bucket in plan.buckets)
+        timeouts, device = self._servers.timeouts, self._infos[0].device
+        done = attempt(
+            plan,
+            carrier,
+            engines,
+            config=self.config,
+            verifies=verifies,
+            # Checksums are those of the whole model, also where a part of it was sent.
+            whole_s=timeouts.control_s if plan.partial else timeouts.whole_s(num_bytes, device),
+            timer=timer,
+        )
+        self._verified = self._verified or verifies
+        return PushResult(
+            version=plan.version,
+            method=carrier.method,
+            reason=choice.reason,
+            layout=done.layout,
+            num_bytes=num_bytes,
+            num_buckets=len(plan.buckets),
+            verified_by=plan.verifier.verified_by if verifies else "nothing",
+            flushed=done.flushed,
+            lost_engines=tuple(course.lost),
+            restarted_engines=tuple(course.restarted),
+            step_s=timer.step_s,
+            push_s=done.push_s,
+            paused_s=done.paused_s,
+            total_s=time.perf_counter() - course.start,
+        )
+
+    def _goes_on(self, error: BaseException, plan: Plan, course: Course) -> bool:
+        """Whether the push can be tried again: without an engine, or with it started again."""
+        if isinstance(error, EngineLostError) and self._goes_on_without(error):
+            course.lost.append(str(error.engine))
+            self._servers.drop(str(error.engine))
+            # A part of the weights is too little for a server that has the model's own files.
+            return not (self._revive(course) and plan.partial)
+        restarts = self.config.lost_engines == "restart" or bool(course.lost)
+        goes_on = restarts and not plan.partial and isinstance(error, PushError)
+        return goes_on and self._revive(course)
+
+    def _revive(self, course: Course) -> bool:
+        """Whether there were engines to start again, each for the first time in this push."""
+        urls = self._servers.lifeless()
+        if not urls or {*urls} & {*course.restarted}:
+            return False
+        with course.timer.measure("restart"):
+            self._servers.restart_in_push(urls)
+        course.restarted += urls
+        return True
+
+    def _next_version(self) -> int:
+        return self._servers.highest_version() + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What a push came to.
+
+    Attributes:
+        layout: how the weights travelled.
+        flushed: every server's prefix cache was emptied.
+        push_s: seconds from the first announcement to the last acknowledgement.
+        paused_s: seconds from pause to continue.
+    """
+
+    layout: str
+    flushed: bool
+    push_s: float
+    paused_s: float
+
+
+def attempt(
+    plan: Plan,
+    carrier: Carrier,
+    engines: Engines,
+    *,
+    config: WeightSyncConfig,
+    verifies: bool,
+    whole_s: float,
+    timer: StepTimer,
+) -> Attempt:
+    """Pushes once: every server runs the weights when this returns.
+
+    Args:
+        plan: what to push.
+        carrier: how.
+        engines: the servers.
+        config: what stands around it.
+        verifies: the servers prove what they hold.
+        whole_s: bound on each step that reads all weights.
+        timer: is given the time of each step.
+
+    Raises:
+        PushError: a step failed; servers may be paused, and hold anything.
+        VerificationError: the servers do not hold what was sent.
+    """
+    paused_at = time.perf_counter()
+    with timer.measure("pause"):
+        engines.post("pause", "/pause_generation", {"mode": config.pause_mode})
+    with timer.measure("flush"):
+        flushed = config.flushes and engines.flush()
+    with timer.measure("begin"):
+        if carrier.in_session:
+            engines.begin()
+    sent_at = time.perf_counter()
+    layout = carrier.transfer(plan.buckets, plan.weights, timer)
+    push_s = time.perf_counter() - sent_at
+    with timer.measure("end"):
+        if carrier.in_session:
+            engines.end(whole_s)
+    with timer.measure("verify"):
+        if verifies:
+            plan.verifier.by_checksum(engines, whole_s)
+    with timer.measure("version"):
+        engines.set_version(plan.version)
+    with timer.measure("continue"):
+        engines.post("continue", "/continue_generation")
+    paused_s = time.perf_counter() - paused_at
+    with timer.measure("verify"):
+        if verifies:
+            _probe(plan, engines)
+    return Attempt(layout=layout, flushed=flushed, push_s=push_s, paused_s=paused_s)
+
+
+def _probe(plan: Plan, engines: Engines) -> None:
+    """Verifies what checksums left open; a paused server can't score, so the servers run by now.
+
+    Our own requests still wait. What others sent, and what was in flight before, runs on weights
+    that are not proved yet: under the new version, so that it can be told from what the old weights
+    gave. If the proof fails, it does not go on with the weights of the next push.
+    """
+    try:
+        plan.verifier.by_probe(engines, f"probe-{plan.version}")
+    except BaseException:
+        with contextlib.suppress(PushError):
+            engines.post("verify", "/pause_generation", {"mode": "abort"})
+        raise

@@ -1,0 +1,1 @@
+"""What a trainer holds, as named tensors of the served model."""

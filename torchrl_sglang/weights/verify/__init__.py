@@ -1,0 +1,1 @@
+"""Proof that servers hold what was sent."""
