@@ -105,7 +105,7 @@ class Case:
         """Records whether the server's scheduler answers after the fault."""
         start = time.perf_counter()
         try:
-            self.service.workers[0].get("/server_info", timeout_s=ASKED_S)
+            self.service.workers[0].server_info(ASKED_S)
             said = "yes"
         except ServiceError as caught:
             said = f"no: {caught}"[:200]

@@ -22,6 +22,16 @@ from torchrl_sglang.errors import ServiceError
 SERVER_PYTHON = os.environ.get("TORCHRL_SGLANG_TEST_SERVER_PYTHON")
 
 
+def told(worker: Any, path: str, body: Any = None, **kwargs: Any) -> Any:
+    """What a server answers to a POST, with whichever key it wants."""
+    return worker.http.post(path, body, admin=True, **kwargs)
+
+
+def asked(worker: Any, path: str, **kwargs: Any) -> Any:
+    """What a server answers to a GET."""
+    return worker.http.get(path, **kwargs)
+
+
 def masks_logits_on_cpu(python: str) -> bool:
     """Whether SGLang's default grammar backend works without a GPU; else it ends the server."""
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -64,7 +74,7 @@ def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
 
 def num_running(service: AsyncSGLang) -> int:
     """Requests that the server works on; its own count lags behind by some steps."""
-    return int(service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"])
+    return int(asked(service.workers[0], "/v1/loads")["loads"][0]["num_running_reqs"])
 
 
 def lacking(reason: str) -> NoReturn:
@@ -91,7 +101,7 @@ def needs(service: AsyncSGLang, *names: str) -> None:
 def needs_version_spans(service: AsyncSGLang) -> None:
     """Skips a test of them where a server has none, which only its answers tell."""
     body = {"input_ids": [20, 21], "sampling_params": {"max_new_tokens": 1}}
-    if "weight_versions" not in service.workers[0].post("/generate", body)["meta_info"]:
+    if "weight_versions" not in told(service.workers[0], "/generate", body)["meta_info"]:
         lacking(f"SGLang {service.sglang_version} says one version per request")
 
 
@@ -157,7 +167,7 @@ def ready_weights(service: AsyncSGLang, model_path: Path) -> None:
     """Brings a server back to its checkpoint, whatever state a test left it in."""
     for worker in service.workers:
         with contextlib.suppress(ServiceError):
-            worker.post("/end_weight_update")
+            told(worker, "/end_weight_update")
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
     scheme = SGLangWeightSyncScheme(service)
     scheme.init_on_sender()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs, needs_version_spans, perturb, wait_until
+from servers import asked, hf_log_probs, needs, needs_version_spans, perturb, told, wait_until
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -62,7 +62,7 @@ def requests_of(*samplings: SamplingParams, **fields: Any) -> list[GenerateReque
 
 def load(service: AsyncSGLang) -> tuple[int, int]:
     """How many requests the server works on, and how many wait in its queue."""
-    loads = service.workers[0].get("/v1/loads")["loads"][0]
+    loads = asked(service.workers[0], "/v1/loads")["loads"][0]
     return loads["num_running_reqs"], loads["num_waiting_reqs"]
 
 
@@ -185,12 +185,12 @@ def test_requests_that_were_retracted(service: AsyncSGLang, masked: bool) -> Non
     future = once_running(service, 2, lambda: service.complete(requests))
     time.sleep(1.5)  # answers that are not streamed are handed over every 50 tokens
     worker = service.workers[0]
-    worker.post("/pause_generation", {"mode": "retract"})
+    told(worker, "/pause_generation", {"mode": "retract"})
     try:
         service.abort()
         completions = future.result(10.0)
     finally:
-        worker.post("/continue_generation")
+        told(worker, "/continue_generation")
     for completion in completions:
         assert completion.finish_type == "abort"
         assert len(completion.log_probs) == len(completion.output_ids)

@@ -21,7 +21,7 @@ import torch
 from fault_proxy import Fault, FaultProxy
 from lora_files import merge_adapter, random_adapter
 from peft_models import base_model, merged, peft_model, train
-from servers import worst_error
+from servers import asked, worst_error
 from tensordict import TensorDict, set_list_to_stack
 from test_collector import SAMPLING, make_env
 from torchrl.collectors.llm import LLMCollector
@@ -82,7 +82,9 @@ def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def service(special_service: AsyncSGLang) -> Iterator[AsyncSGLang]:
     """The server with LoRA; no adapter is loaded before or after."""
     yield special_service
-    until(lambda: not special_service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"])
+    until(
+        lambda: not asked(special_service.workers[0], "/v1/loads")["loads"][0]["num_running_reqs"]
+    )
     while names := special_service.lora.names():
         for name in names:
             try:
@@ -227,7 +229,7 @@ def test_nothing_is_paused_and_requests_keep_their_version(
     ]
     with ThreadPoolExecutor() as pool:
         under_way = pool.submit(service.generate, endless)
-        until(lambda: service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"] == 2)
+        until(lambda: asked(service.workers[0], "/v1/loads")["loads"][0]["num_running_reqs"] == 2)
         for seed in (2, 3, 4):
             train(model, seed)
             scheme.send(model)

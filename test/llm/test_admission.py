@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import perturb, wait_until, worst_error
+from servers import asked, perturb, told, wait_until, worst_error
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -68,7 +68,7 @@ def salts(proxy: FaultProxy) -> list[str]:
 
 
 def num_running(service: AsyncSGLang) -> int:
-    load = service.workers[0].get("/v1/loads")["loads"][0]
+    load = asked(service.workers[0], "/v1/loads")["loads"][0]
     return int(load["num_running_reqs"] + load["num_waiting_reqs"])
 
 
@@ -76,7 +76,7 @@ def num_running(service: AsyncSGLang) -> int:
 def idle(service: AsyncSGLang) -> Iterator[None]:
     """Nothing of one test is left to the next."""
     yield
-    service.workers[0].post("/continue_generation")
+    told(service.workers[0], "/continue_generation")
     service.abort()
     wait_until(lambda: not num_running(service))
 
@@ -210,7 +210,7 @@ def test_calls_in_flight_end_when_a_push_fails(attached: AsyncSGLang, form: str)
     call = in_thread(lambda: FORMS[form](attached, requests), "test")
     wait_until(lambda: num_running(attached) == 2)
     attached.gate.begin()
-    attached.workers[0].post("/pause_generation", {"mode": "retract"})
+    told(attached.workers[0], "/pause_generation", {"mode": "retract"})
     time.sleep(0.1)
     assert not call.done()
     start = time.monotonic()
@@ -277,9 +277,9 @@ def test_a_server_tells_that_it_is_paused(
         proxy.faults["/ready"] = Fault(status=404)
     (worker,) = impatient.workers
     assert not is_paused(worker)
-    service.workers[0].post("/pause_generation", {"mode": mode})
+    told(service.workers[0], "/pause_generation", {"mode": mode})
     assert is_paused(worker)
-    service.workers[0].post("/continue_generation")
+    told(service.workers[0], "/continue_generation")
     assert not is_paused(worker)
 
 
@@ -289,24 +289,24 @@ def test_requests_are_not_left_with_servers_that_stay_paused(
 ) -> None:
     pause = {"mode": "retract"}
     if when == "before":
-        service.workers[0].post("/pause_generation", pause)
+        told(service.workers[0], "/pause_generation", pause)
     call = in_thread(lambda: impatient.complete([request_of(5, 6, sampling=LONG)]), "test")
     if when == "in flight":
         wait_until(lambda: num_running(service))
-        service.workers[0].post("/pause_generation", pause)
+        told(service.workers[0], "/pause_generation", pause)
     start = time.monotonic()
     with pytest.raises(RequestTimeoutError, match="paused_s") as caught:
         call.result(15.0)
     assert 1.0 <= time.monotonic() - start < 8.0
     assert proxy.url in str(caught.value)
-    service.workers[0].post("/continue_generation")
+    told(service.workers[0], "/continue_generation")
     assert impatient.generate([5, 6], SAMPLING).output_ids
 
 
 def test_the_bound_of_a_pause_is_kept(service: AsyncSGLang, proxy: FaultProxy) -> None:
     """It begins with the first look at a paused server, and the error says how long it was."""
     keys, limit_s = service._keys, 6.0
-    service.workers[0].post("/pause_generation", {"mode": "retract"})
+    told(service.workers[0], "/pause_generation", {"mode": "retract"})
     with AsyncSGLang.connect(
         proxy.url,
         api_key=keys.api_key,
@@ -317,15 +317,15 @@ def test_the_bound_of_a_pause_is_kept(service: AsyncSGLang, proxy: FaultProxy) -
         with pytest.raises(RequestTimeoutError, match=r"paused for .* \(6 s\)") as caught:
             external.generate([5, 6], SAMPLING)
         took = time.monotonic() - begun
-        service.workers[0].post("/continue_generation")
+        told(service.workers[0], "/continue_generation")
     said = float(re.search(r"paused for (\S+) s", str(caught.value))[1])  # type: ignore[index]
     assert limit_s <= said <= took
     assert took < limit_s + limit_s / 4 + 2.0  # the first look, and some
 
 
 def test_a_pause_that_ends_in_time(service: AsyncSGLang, impatient: AsyncSGLang) -> None:
-    service.workers[0].post("/pause_generation", {"mode": "retract"})
-    opener = threading.Timer(0.9, lambda: service.workers[0].post("/continue_generation"))
+    told(service.workers[0], "/pause_generation", {"mode": "retract"})
+    opener = threading.Timer(0.9, lambda: told(service.workers[0], "/continue_generation"))
     opener.start()
     assert impatient.generate([5, 6], SAMPLING).output_ids
     opener.join()
@@ -458,7 +458,7 @@ def test_a_server_that_was_started_again(
     pushed = service.pushed_version
     assert pushed is not None
     body = {"new_version": "default", "abort_all_requests": False}
-    service.workers[0].post("/update_weight_version", body)
+    told(service.workers[0], "/update_weight_version", body)
     scheme.send(model)
     assert service.pushed_version == pushed + 1
 

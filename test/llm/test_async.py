@@ -18,7 +18,7 @@ import pytest
 import torch
 from aiohttp import web
 from fault_proxy import Fault, FaultProxy
-from servers import worst_error
+from servers import asked, worst_error
 from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Tokens
@@ -53,7 +53,7 @@ def requests_of(*samplings: SamplingParams) -> list[GenerateRequest]:
 
 def num_running(service: AsyncSGLang) -> int:
     """Requests that the server works on, or has in its queue."""
-    load = service.workers[0].get("/v1/loads")["loads"][0]
+    load = asked(service.workers[0], "/v1/loads")["loads"][0]
     return int(load["num_running_reqs"] + load["num_waiting_reqs"])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import Fault, FaultProxy
+from servers import told
 
 from torchrl_sglang import AsyncSGLang, ServiceState, Timeouts
 from torchrl_sglang.errors import ConfigError, ConnectError
@@ -64,19 +65,19 @@ def test_servers_that_are_paused_are_not_synced(
 ) -> None:
     """As they are when another process pushes, or its push failed."""
     keys, worker = service._keys, service.workers[0]
-    worker.post("/pause_generation", {"mode": "retract"})
+    told(worker, "/pause_generation", {"mode": "retract"})
     try:
         with AsyncSGLang.connect(
             proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
         ) as external:
             assert external.state is ServiceState.UPDATING
-            worker.post("/continue_generation")
+            told(worker, "/continue_generation")
             assert external.state is ServiceState.SYNCED
             asked = len(proxy.seen)
             assert external.state is ServiceState.SYNCED
             assert len(proxy.seen) == asked  # it is asked no more
     finally:
-        worker.post("/continue_generation")
+        told(worker, "/continue_generation")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CPU_SERVER_ARGS, perturb, worst_error
+from servers import CPU_SERVER_ARGS, perturb, told, worst_error
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts, WeightSyncConfig
 from torchrl_sglang.errors import TopologyError, VerificationError
@@ -40,7 +40,7 @@ def test_a_push_reaches_every_replica(replicated: AsyncSGLang, model: Any) -> No
         assert push is not None
         assert (push.method, push.verified_by) == ("disk", "checksum")
         assert "data- or pipeline-parallel" in push.reason
-    answer = replicated.workers[0].post("/weights_checker", {"action": "checksum"})
+    answer = told(replicated.workers[0], "/weights_checker", {"action": "checksum"})
     assert len(answer["ranks"]) == 2
     for _ in range(2):  # requests take turns between the replicas
         assert worst_error(model, PROMPTS, replicated.generate(PROMPTS, SAMPLING)) < 0.02

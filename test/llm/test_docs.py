@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lora_files import random_adapter
-from servers import SPECIAL_SERVER_ARGS
+from servers import SPECIAL_SERVER_ARGS, asked
 from test_collector import make_env
 from transformers import AutoModelForCausalLM
 
@@ -320,7 +320,7 @@ def test_every_section_is_checked() -> None:
 def abort_once_running(service: AsyncSGLang) -> None:
     """However long it takes until the server has begun with both rows."""
     for _ in range(1000):
-        if service.workers[0].get("/v1/loads")["loads"][0]["num_running_reqs"] == 2:
+        if asked(service.workers[0], "/v1/loads")["loads"][0]["num_running_reqs"] == 2:
             break
         time.sleep(0.02)
     service.abort()

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from behaviour import chosen, full_log_probs, hf_logits
-from servers import hf_log_probs, needs, needs_version_spans, perturb, ready_weights, wait_until
+from servers import (
+    asked,
+    hf_log_probs,
+    needs,
+    needs_version_spans,
+    perturb,
+    ready_weights,
+    told,
+    wait_until,
+)
 from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -80,11 +89,11 @@ def parts(row: Any) -> tuple[list[int], list[int]]:
 def call_weights(service: AsyncSGLang) -> Iterator[Callable[[str], None]]:
     """Gives the server's weights another version; they have their own again afterwards."""
     worker = service.workers[0]
-    before = worker.get("/model_info")["weight_version"]
+    before = asked(worker, "/model_info")["weight_version"]
 
     def call(version: str) -> None:
         body = {"new_version": version, "abort_all_requests": False}
-        worker.post("/update_weight_version", body)
+        told(worker, "/update_weight_version", body)
 
     yield call
     call(before)
@@ -322,7 +331,7 @@ def test_hidden_states_when_weights_are_pushed_in_mid_generation(
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(policy, make_input())
             load = special_service.workers[0]
-            wait_until(lambda: load.get("/v1/loads")["loads"][0]["num_running_reqs"] == 4)
+            wait_until(lambda: asked(load, "/v1/loads")["loads"][0]["num_running_reqs"] == 4)
             scheme.send(perturb(model, seed=41))
             version = scheme.last_push.version  # type: ignore[union-attr]
             out = call.result(60.0)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from fault_proxy import Fault, FaultProxy
-from servers import CPU_SERVER_ARGS, needs, perturb, worst_error
+from servers import CPU_SERVER_ARGS, needs, perturb, told, worst_error
 from test_launch import descendants
 from test_lora import distance
 from test_replicas import done_by
@@ -444,7 +444,7 @@ def check_each(service: AsyncSGLang, model: Any) -> None:
     """Every server runs the model's weights, and the router sends to every one."""
     for worker in service.workers:
         body = {"input_ids": PROMPTS, "sampling_params": SAMPLING, "return_logprob": True}
-        for prompt, answer in zip(PROMPTS, worker.post("/generate", body), strict=True):
+        for prompt, answer in zip(PROMPTS, told(worker, "/generate", body), strict=True):
             assert distance(model, prompt, answer) < 0.02
     _, counts = done_by(service, lambda: service.generate([[i, 9] for i in range(16)], SAMPLING))
     assert all(count["requests"] for count in counts), counts

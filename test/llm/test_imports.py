@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -193,6 +194,33 @@ def test_needs_the_standard_library_alone(module: str) -> None:
     found = {name.partition(".")[0] for one in seen for name in IMPORTS[one]}
     assert found - {ROOT} <= sys.stdlib_module_names
     assert module.startswith("launch.") <= (len(seen) == 1)
+
+
+ROUTE = re.compile(r"/(?:v1/|workers/)?[a-z]+(?:_[a-z]+)*(?:\\.json)?")
+# Elsewhere paths of the machine are named so, and which routes a server says that it has.
+WITH_PATHS = {"servers.control", "servers.info", "generate.client", "launch.commands"}
+
+
+def routes_in(tree: ast.AST) -> set[str]:
+    """Strings that look like a route of a server."""
+    found = {
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) if isinstance(n.value, str)
+    }
+    return {text for text in found if ROUTE.fullmatch(text)} - {"/proc", "/dev"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in WITH_PATHS])
+def test_one_module_knows_the_routes(module: str) -> None:
+    """Beside the client of generation, and what waits for a start."""
+    assert routes_in(TREES[module]) == set()
+
+
+def test_routes_are_seen() -> None:
+    assert routes_in(ast.parse("post('/flush_cache'); get(f'{url}/health'); x = '/v1/models'")) == {
+        "/flush_cache",
+        "/health",
+        "/v1/models",
+    }
 
 
 WRITES = ("update", "setdefault", "pop", "popitem", "clear", "__setitem__", "__delitem__")

@@ -99,7 +99,8 @@ def sample(
 ) -> list[dict[str, Any]]:
     """SGLang's own greedy answers, for one adapter per prompt in one batch."""
     params = {"temperature": 0.0, "max_new_tokens": 16, "ignore_eos": True}
-    answers: list[dict[str, Any]] = service.workers[0].post(
+    answers: list[dict[str, Any]] = told(
+        service.workers[0],
         "/generate",
         {
             "input_ids": list(prompts),

@@ -21,7 +21,7 @@ import torch
 from fault_proxy import Fault, FaultProxy
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from servers import num_running, perturb, wait_until, worst_error
+from servers import asked, num_running, perturb, wait_until, worst_error
 
 from torchrl_sglang import (
     AsyncSGLang,
@@ -577,7 +577,7 @@ def test_what_is_written(
         api_key=service._keys.api_key,
         admin_api_key=service._keys.admin_api_key,
     )
-    if again.workers[0].get("/model_info")["model_path"] != again.model_path:
+    if asked(again.workers[0], "/model_info")["model_path"] != again.model_path:
         assert again.model_path == service.model_path  # older releases forget it
     assert again.get_model_metadata() == sent
     again.shutdown()

@@ -24,7 +24,7 @@ import dill
 import numpy as np
 import pytest
 import torch
-from servers import CPU_SERVER_ARGS
+from servers import CPU_SERVER_ARGS, asked, told
 
 from torchrl_sglang import AsyncSGLang, Timeouts
 from torchrl_sglang.errors import ConfigError, InputError, RequestRefusedError
@@ -614,7 +614,7 @@ def generate(
             body["custom_logit_processor"] = processor.serialized
             params["custom_params"] = dict(processor.params)
         body["sampling_params"] = params
-        rows = service.workers[0].post("/generate", body, timeout_s=60.0)["meta_info"][
+        rows = told(service.workers[0], "/generate", body, timeout_s=60.0)["meta_info"][
             "output_token_logprobs"
         ]
         return Sampled([row[1] for row in rows], [row[0] for row in rows])
@@ -717,9 +717,9 @@ def test_progress_survives_a_retraction(serving: AsyncSGLang, model: Any) -> Non
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(generate, serving, prompts, [processor] * 2, max_new_tokens=900)
         time.sleep(0.5)
-        worker.post("/pause_generation", {"mode": "retract"})
+        told(worker, "/pause_generation", {"mode": "retract"})
         assert not waiting.done()
-        worker.post("/continue_generation", {})
+        told(worker, "/continue_generation", {})
         completions = waiting.result(timeout=60.0)
     for prompt, completion in zip(prompts, completions, strict=True):
         error = worst(model, prompt, completion, lambda x: tempered(x, 2.0, 0.5, 900))
@@ -775,4 +775,4 @@ def test_a_failure_is_a_400_and_the_server_lives(
 
 
 def test_the_server_says_that_it_runs_processors(serving: AsyncSGLang) -> None:
-    assert serving.workers[0].get("/server_info")["enable_custom_logit_processor"] is True
+    assert asked(serving.workers[0], "/server_info")["enable_custom_logit_processor"] is True

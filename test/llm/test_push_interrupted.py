@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import needs, perturb, wait_until, worst_error
+from servers import needs, perturb, told, wait_until, worst_error
 from torch.distributed.distributed_c10d import _world
 
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
@@ -270,12 +270,12 @@ def test_another_process_that_pushes_is_not_taken_for_a_dead_one(
     needs(service, "update_session")
     scheme = connected(proxied)
     [other] = service.workers
-    other.post("/begin_weight_update")
+    told(other, "/begin_weight_update")
 
     def end() -> None:
         """The second time that it asks to begin, the first was refused."""
         wait_until(lambda: [path for path, _ in proxy.seen].count("/begin_weight_update") >= 2)
-        other.post("/end_weight_update")
+        told(other, "/end_weight_update")
 
     proxy.seen.clear()
     ending = in_thread(end, "test")
@@ -305,13 +305,13 @@ def test_a_probe_that_fails_leaves_no_session_open(
 
     def begins() -> bool:
         try:
-            proxied.workers[0].post("/begin_weight_update")
+            told(proxied.workers[0], "/begin_weight_update")
         except RequestRefusedError:
             return False
         return True
 
     wait_until(begins)
-    proxied.workers[0].post("/end_weight_update")
+    told(proxied.workers[0], "/end_weight_update")
 
 
 def test_a_group_that_was_joined_in_vain_is_left_again(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CPU_SERVER_ARGS, needs, perturb, wait_until, worst_error
+from servers import CPU_SERVER_ARGS, asked, needs, perturb, wait_until, worst_error
 from test_launch import alive, descendants, listening
 
 from torchrl_sglang import (
@@ -72,7 +72,7 @@ def replicas(model_path: Path, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
 
 def counted(service: AsyncSGLang) -> list[Counts]:
     """What every worker says it has done."""
-    pages = [worker.get("/metrics") for worker in service.workers]
+    pages = [asked(worker, "/metrics") for worker in service.workers]
     return [
         {
             name: int(sum(map(float, re.findall(rf"^{counter}(?:{{.*}})? (\S+)$", page, re.M))))
@@ -301,7 +301,7 @@ def test_what_is_dead_is_known_as_dead(replicas: AsyncSGLang, model: Any) -> Non
     assert [worker.url for worker in replicas.workers] == [second]
     assert replicas.managed_urls == (first, second)
     assert all(len(c.output_ids) == 8 for c in replicas.generate(prompts_of(8), SAMPLING))
-    assert replicas.weight_version == replicas.workers[0].get("/model_info")["weight_version"]
+    assert replicas.weight_version == asked(replicas.workers[0], "/model_info")["weight_version"]
     replicas.flush_cache()
     with replicas.open_session() as session:
         assert session.worker_url == second
@@ -333,7 +333,7 @@ def test_one_that_a_push_does_not_reach_leaves_the_router(
         scheme.connect()
         scheme.send(perturb(model, seed=3))
         scheme.close()
-        routed = attached._front.get("/workers")["workers"]
+        routed = asked(attached._front, "/workers")["workers"]
         assert [worker["url"] for worker in routed] == [first]
     replicas.drop_worker(second)
     assert [worker.url for worker in replicas.workers] == [first]

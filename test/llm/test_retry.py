@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fault_proxy import Fault, FaultProxy
-from servers import needs
+from servers import needs, told
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, Timeouts
 from torchrl_sglang.errors import (
@@ -91,7 +91,7 @@ def test_an_abort_of_the_attempt_before_leaves_the_next_alone(
             time.sleep(0.01)
         first, second = sent(proxy)
         time.sleep(0.2)  # until it generates
-        retrying.workers[0].post("/abort_request", {"rid": first["rid"]})
+        told(retrying.workers[0], "/abort_request", {"rid": first["rid"]})
         assert answer.result(60.0).rid == second["rid"]
     assert len(answer.result().output_ids) == 300
     assert not second["rid"].startswith(first["rid"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import FaultProxy
-from servers import needs
+from servers import needs, told
 from tensordict import TensorDict, lazy_stack
 from test_seeds import cut, rows
 
@@ -129,10 +129,10 @@ def test_the_server_gives_what_is_said_to_fit(service: AsyncSGLang, room: int) -
         "input_ids": full_after(service, room),
         "sampling_params": {"max_new_tokens": room + 1, "ignore_eos": True},
     }
-    answer = service.workers[0].post("/generate", body)
+    answer = told(service.workers[0], "/generate", body)
     assert len(answer["output_ids"]) == room
     with pytest.raises(RequestRefusedError):
-        service.workers[0].post("/generate", {**body, "input_ids": full_after(service, 4)})
+        told(service.workers[0], "/generate", {**body, "input_ids": full_after(service, 4)})
 
 
 def test_the_other_rows_are_not_lost(service: AsyncSGLang) -> None:

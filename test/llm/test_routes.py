@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import needs_version_spans, num_running, perturb, wait_until
+from servers import needs_version_spans, num_running, perturb, told, wait_until
 
 from torchrl_sglang import AsyncSGLang, Completion, GenerateRequest, SGLangWeightSyncScheme
 from torchrl_sglang.errors import ResponseError
@@ -162,7 +162,7 @@ def test_the_server_counts_what_it_computes_anew(
             "input_ids": [5, 6, 7],
             "sampling_params": {"max_new_tokens": count, "ignore_eos": True},
         }
-        return service.workers[0].post("/generate", body, timeout_s=60.0)["meta_info"]
+        return told(service.workers[0], "/generate", body, timeout_s=60.0)["meta_info"]
 
     assert ask(2)["num_retractions"] == 0
     with ThreadPoolExecutor(1) as pool:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import needs_version_spans, perturb, wait_until
+from servers import asked, needs_version_spans, perturb, told, wait_until
 from tensordict import TensorDict, set_list_to_stack
 from test_collector import make_collector, served_error
 from test_weights import NORM, STEPS
@@ -103,14 +103,14 @@ class Tracked(Counter):
 
 
 def server_versions(service: AsyncSGLang) -> list[str]:
-    return [worker.get("/model_info")["weight_version"] for worker in service.workers]
+    return [asked(worker, "/model_info")["weight_version"] for worker in service.workers]
 
 
 def at_version(service: AsyncSGLang, version: int) -> None:
     """Tells the servers what they run, as an earlier trainer would have."""
     for worker in service.workers:
         body = {"new_version": str(version), "abort_all_requests": False}
-        worker.post("/update_weight_version", body)
+        told(worker, "/update_weight_version", body)
     service.servers.versions.set_pushed(version)
 
 
@@ -402,7 +402,7 @@ def test_a_version_with_a_name_counts_as_none(
     attached: AsyncSGLang, model: Any, sender_to: Connect
 ) -> None:
     for worker in attached.workers:
-        worker.post("/update_weight_version", {"new_version": "best", "abort_all_requests": False})
+        told(worker, "/update_weight_version", {"new_version": "best", "abort_all_requests": False})
     assert sender_to(attached, model).update_weights().version == 1
 
 
@@ -569,7 +569,7 @@ if child == 0:
     del sender
     os._exit(0)
 os.waitpid(child, 0)
-print("paused" if service.workers[0].get("/model_info")["weight_version"] != str(before) else "ok")
+print("paused" if service.workers[0].model_info()["weight_version"] != str(before) else "ok")
 print(sender.update_weights().version - before, flush=True)
 sender.shutdown()
 service.shutdown()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs, num_running, perturb, worst_error
+from servers import hf_log_probs, needs, num_running, perturb, told, worst_error
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -52,10 +52,10 @@ def held(service: AsyncSGLang, session_id: str) -> bool:
     worker = service.workers[0]
     body = {"capacity_of_str_len": 100, "session_id": session_id}
     try:
-        worker.post("/open_session", body)
+        told(worker, "/open_session", body)
     except RequestRefusedError:
         return True
-    worker.post("/close_session", {"session_id": session_id})
+    told(worker, "/close_session", {"session_id": session_id})
     return False
 
 
@@ -213,7 +213,7 @@ def test_a_silent_server_does_not_hold_shutdown_up(proxy: FaultProxy, service: A
     external.shutdown()
     assert time.monotonic() - start < 6.0  # one bound, not five
     for session in sessions:
-        service.workers[0].post("/close_session", {"session_id": session.session_id})
+        told(service.workers[0], "/close_session", {"session_id": session.session_id})
 
 
 @pytest.mark.parametrize("answer", ["null", '""', "17"])

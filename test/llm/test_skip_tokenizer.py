@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import CPU_SERVER_ARGS, hf_log_probs
+from servers import CPU_SERVER_ARGS, hf_log_probs, told
 from tensordict import NonTensorStack, TensorDict, lazy_stack
 from test_policy import check_row, make_input, ragged_ids, rows_of
 from torchrl.data.llm import History
@@ -141,7 +141,7 @@ def test_the_server_refuses_the_same(bare: AsyncSGLang, options: dict[str, Any])
     body = GenerateRequest(input_ids=(50, 60), sampling=SamplingParams(**options)).body()
     # A worker, since the router leaves some of these out.
     with pytest.raises(RequestRefusedError, match=r"skip_tokenizer_init|Grammar"):
-        bare.workers[0].post("/generate", body)
+        told(bare.workers[0], "/generate", body)
 
 
 def test_openai_clients_get_no_address(bare: AsyncSGLang) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
+from servers import told
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -173,12 +174,12 @@ def test_attaching_to_a_paused_server(
     service: AsyncSGLang, proxy: FaultProxy, timeouts: Timeouts
 ) -> None:
     worker = service.workers[0]
-    worker.post("/pause_generation", {"mode": "retract"})
+    told(worker, "/pause_generation", {"mode": "retract"})
     start = time.monotonic()
     try:
         assert connect_through(proxy, service, timeouts, None) == SIZE
     finally:
-        worker.post("/continue_generation", {})
+        told(worker, "/continue_generation", {})
     assert 2 < time.monotonic() - start < 9
     assert len(service.generate([5, 6], FEW).output_ids) == 2
 

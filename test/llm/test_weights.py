@@ -21,6 +21,7 @@ from servers import (
     num_running,
     perturb,
     ready_weights,
+    told,
     wait_until,
     worst_error,
 )
@@ -341,7 +342,7 @@ def test_a_session_that_a_dead_trainer_left_open(
 ) -> None:
     needs(service, "update_session")
     scheme = connected()
-    service.workers[0].post("/begin_weight_update")
+    told(service.workers[0], "/begin_weight_update")
     scheme.send(perturb(model, seed=13))
     assert generated_error(service, model) < 0.02
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import CPU_SERVER_ARGS, perturb
+from servers import CPU_SERVER_ARGS, perturb, told
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ def scheme(two_ranks: AsyncSGLang) -> Iterator[SGLangWeightSyncScheme]:
 
 def wrong_on_ranks(service: AsyncSGLang, path: Path, model: Any) -> list[list[str]]:
     """What each rank holds otherwise than ``model`` does."""
-    answer = service.workers[0].post("/weights_checker", {"action": "checksum"})
+    answer = told(service.workers[0], "/weights_checker", {"action": "checksum"})
     weights = named_weights(model)
     heads = heads_of(model_config(str(path)))
     return [

@@ -264,12 +264,12 @@ class Generator:
             ServiceError: a server did not take the order; the others have it.
         """
         _, data = self.data_plane()
-        rids = [""] if rid is None else data.sent_rids(rid)
+        rids = [None] if rid is None else data.sent_rids(rid)
         failures: list[ServiceError] = []
         for worker in self._servers.workers:
             try:
                 for one in rids:
-                    worker.post("/abort_request", {"rid": one, "abort_all": rid is None})
+                    worker.abort(one)
             except ServiceError as error:
                 failures.append(error)
         if failures:

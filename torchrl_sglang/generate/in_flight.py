@@ -14,9 +14,9 @@ from ..errors import (
     ServiceBrokenError,
     ServiceError,
 )
+from ..servers.control import ControlClient
 from ..servers.gate import ServiceState, UpdateGate
 from ..servers.health import REFUSAL_S, Looks, looks_of
-from ..servers.http import ControlClient
 
 CHECK_S = 5.0  # between two looks at the servers while calls are under way
 SOON_S = 0.1

@@ -17,7 +17,7 @@ from ..errors import (
     ServiceError,
     SGLangError,
 )
-from ..servers.http import ControlClient
+from ..servers.control import ControlClient
 from .completion import Completion
 from .parse import Group
 from .request import GenerateRequest, SessionTurn
@@ -59,7 +59,7 @@ class Session:
         capacity_of_str_len: int = SESSION_CAPACITY,
     ) -> None:
         body = _opening(session_id, capacity_of_str_len, timeout_s)
-        answer = worker.post("/open_session", body)
+        answer = worker.open_session(body)
         if not isinstance(answer, str) or not answer:
             raise RequestRefusedError(f"{worker.url} opened no session: {answer!r:.200}")
         self.session_id = answer
@@ -176,7 +176,7 @@ class Session:
                 return
             self._closed = True
         try:
-            self._worker.post("/close_session", {"session_id": self.session_id})
+            self._worker.close_session(self.session_id)
         except ServiceError:
             self._closed = False
             raise

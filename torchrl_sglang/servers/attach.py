@@ -23,7 +23,8 @@ from ..errors import (
     ServerFailedError,
     ServiceError,
 )
-from .http import ControlClient, path_hint
+from .control import ControlClient
+from .http import path_hint
 from .info import WorkerInfo, parse_worker_info, parse_worker_urls
 
 # How long a server is waited for that answers only once it is not paused any more.
@@ -56,7 +57,6 @@ class Cluster:
         behind_router: whether that is a router.
         workers: a control client per server.
         infos: what each server says of itself, in the same order.
-        router_version: version of the router, None where it does not say.
         silent: URLs of the servers behind the router that did not answer, and so are left out.
         paused: whether a server kept a request back when it was asked, as one that is paused does.
     """
@@ -65,7 +65,6 @@ class Cluster:
     behind_router: bool
     workers: tuple[ControlClient, ...]
     infos: tuple[WorkerInfo, ...]
-    router_version: str | None = None
     silent: tuple[str, ...] = ()
     paused: bool = False
 
@@ -157,7 +156,7 @@ def remove_from_router(router: ControlClient, url: str) -> None:
     """Asks a router to forget a server; one that it does not know is no error."""
     with contextlib.suppress(ServiceError):  # its own checks find out, only later
         for worker in _routed(router, url):
-            router.delete(f"/workers/{worker['id']}")
+            router.remove_worker(worker["id"])
 
 
 def add_to_router(router: ControlClient, url: str, api_key: str | None, timeout_s: float) -> None:
@@ -170,14 +169,14 @@ def add_to_router(router: ControlClient, url: str, api_key: str | None, timeout_
     remove_from_router(router, url)
     while _routed(router, url):
         _wait_for_router(url, deadline)
-    router.post("/workers", {"url": url, "api_key": api_key})
+    router.add_worker(url, api_key)
     while not any(worker.get("is_healthy") for worker in _routed(router, url)):
         _wait_for_router(url, deadline)
 
 
 def _routed(router: ControlClient, url: str) -> list[dict[str, Any]]:
     """What a router says of a server."""
-    workers = router.get("/workers").get("workers", ())
+    workers = router.workers().get("workers", ())
     return [worker for worker in workers if str(worker.get("url", "")).rstrip("/") == url]
 
 
@@ -225,7 +224,7 @@ def client_of(url: str, keys: Credentials, timeouts: Timeouts) -> ControlClient:
 def _worker_urls(front: ControlClient) -> list[str] | None:
     """The workers' URLs, or None where ``front`` is a server itself."""
     try:
-        answer = front.get("/workers")
+        answer = front.workers()
     except RequestRefusedError as error:
         if error.status in (404, 405):
             return None
@@ -250,9 +249,9 @@ def _worker_urls(front: ControlClient) -> list[str] | None:
 
 def _asked(worker: ControlClient) -> _Answer:
     try:
-        server_info = _first_known(worker, "/server_info", "/get_server_info")
-        model_info = _first_known(worker, "/model_info", "/get_model_info")
-        openapi = worker.get("/openapi.json")
+        server_info = worker.server_info()
+        model_info = worker.model_info()
+        openapi = worker.openapi()
     except (ConnectError, ServerFailedError, RequestTimeoutError) as error:
         return _Answer(error=error)
     except ServiceError as error:
@@ -285,7 +284,7 @@ def _vocab_size(worker: ControlClient, model_path: str) -> tuple[int | None, boo
     """
     size, paused = None, False
     try:
-        worker.post("/generate", QUESTION, timeout_s=PAUSED_S)
+        worker.score(QUESTION, PAUSED_S)
     except RequestRefusedError as error:
         size = told_vocab_size(error.body)
     except RequestTimeoutError:
@@ -293,16 +292,6 @@ def _vocab_size(worker: ControlClient, model_path: str) -> tuple[int | None, boo
     except ServiceError:
         pass
     return size or configured_vocab_size(Path(model_path) / "config.json"), paused
-
-
-def _first_known(worker: ControlClient, path: str, old_path: str) -> Any:
-    """GETs a route by its present name, or by the one that older servers know."""
-    try:
-        return worker.get(path)
-    except RequestRefusedError as error:
-        if error.status != 404:
-            raise
-    return worker.get(old_path)
 
 
 # No route tells the size, but the refusal of a bias does, before the scheduler hears of the

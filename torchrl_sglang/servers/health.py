@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
-from typing import Any
 
 from ..errors import (
     HTTPAnswerError,
@@ -15,7 +14,7 @@ from ..errors import (
     ServiceError,
 )
 from .attach import QUESTION
-from .http import ControlClient
+from .control import ControlClient
 from .info import WorkerInfo
 from .threads import in_thread
 
@@ -60,20 +59,11 @@ def silent_at(ask: Ask, workers: Sequence[ControlClient], timeout_s: float) -> l
 
 def needs_no_scheduler(worker: ControlClient, timeout_s: float) -> None:
     """Asks what a server answers by itself."""
-    worker.get("/model_info", timeout_s=timeout_s)
+    worker.model_info(timeout_s)
 
 
 def _asks_schedulers(worker: ControlClient, timeout_s: float) -> None:
-    worker.get("/server_info", timeout_s=timeout_s)
-
-
-def ask_checksums(worker: ControlClient, timeout_s: float) -> Any:
-    """A server's own hashes of its weights; it waits for its GPUs.
-
-    Raises:
-        ServiceError: as of `ControlClient.post`.
-    """
-    return worker.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
+    worker.server_info(timeout_s)
 
 
 def waits_for_gpu(worker: ControlClient, timeout_s: float) -> None:
@@ -83,7 +73,7 @@ def waits_for_gpu(worker: ControlClient, timeout_s: float) -> None:
         ServiceError: there was no answer. That it can't is one.
     """
     try:
-        ask_checksums(worker, timeout_s)
+        worker.checksums(timeout_s)
     except HTTPAnswerError as error:
         if error.status is None:
             raise
@@ -124,7 +114,7 @@ def looks_of(worker: ControlClient) -> Looks:
     waits for the end of a pause.
     """
     try:
-        worker.get("/ready", timeout_s=REFUSAL_S)
+        worker.ready(REFUSAL_S)
     except RequestTimeoutError:
         return Looks.SILENT
     except (RequestRefusedError, ServerFailedError):
@@ -134,7 +124,7 @@ def looks_of(worker: ControlClient) -> Looks:
     else:
         return Looks.ANSWERS
     try:
-        worker.post("/generate", QUESTION, timeout_s=REFUSAL_S)
+        worker.score(QUESTION, REFUSAL_S)
     except RequestTimeoutError:
         return Looks.PAUSED
     except ServiceError:

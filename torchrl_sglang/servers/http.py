@@ -1,4 +1,4 @@
-"""Control and info requests over HTTP: one client per server. Generation is in `data_client`."""
+"""Sends single requests over HTTP: keys, refusals, time-outs and retries."""
 
 from __future__ import annotations
 
@@ -30,23 +30,6 @@ FIRST_BACKOFF_S = 0.2
 LAST_BACKOFF_S = 5.0
 
 UNAUTHORIZED = 401
-
-# Routes that a server with an admin key gives only to that key, as of SGLang 0.5.23. Older ones
-# give some of them only to the other key.
-ADMIN_ROUTES = (
-    "/pause_generation",
-    "/continue_generation",
-    "/flush_cache",
-    "/update_weight",
-    "/begin_weight_update",
-    "/end_weight_update",
-    "/init_weights_update_group",
-    "/destroy_weights_update_group",
-    "/weights_checker",
-    "/abort_request",
-    "/load_lora_adapter",
-    "/unload_lora_adapter",
-)
 
 
 def normalise_url(url: str) -> str:
@@ -141,8 +124,8 @@ def _server_message(body: str) -> str:
     return str(error)[:2000]
 
 
-class ControlClient:
-    """Control and info requests to one server or router. Safe to use from several threads.
+class HTTPClient:
+    """Requests to one server or router. Safe to use from several threads.
 
     Args:
         url: base URL; a path in it is kept.
@@ -165,13 +148,20 @@ class ControlClient:
         return self._send("GET", path, None, timeout_s or self._timeouts.connect_s)
 
     def post(
-        self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        admin: bool = False,
+        timeout_s: float | None = None,
     ) -> Any:
         """POSTs JSON and returns the answer's JSON (or text).
 
         Args:
             path: route, with its leading slash.
             body: the JSON object.
+            admin: a server with an admin key gives this route only to that key, as of SGLang
+                0.5.23. Older ones give some of them only to the other, which is tried then.
             timeout_s: bound on the whole request; ``Timeouts.control_s`` by default.
 
         Raises:
@@ -180,19 +170,11 @@ class ControlClient:
             RequestTimeoutError: no answer in time.
             ConnectError: nothing listens there.
         """
-        return self._send("POST", path, body or {}, timeout_s or self._timeouts.control_s)
+        return self._send("POST", path, body or {}, timeout_s or self._timeouts.control_s, admin)
 
     def delete(self, path: str, *, timeout_s: float | None = None) -> Any:
         """DELETEs; errors as in `post`."""
         return self._send("DELETE", path, None, timeout_s or self._timeouts.control_s)
-
-    def answers(self, path: str) -> bool:
-        """Whether a GET of ``path`` gives 200 right now."""
-        try:
-            self.get(path, timeout_s=self._timeouts.connect_s)
-        except ServiceError:
-            return False
-        return True
 
     def listens(self, timeout_s: float) -> bool:
         """Whether anything takes connections at the server's address."""
@@ -205,12 +187,15 @@ class ControlClient:
         return True
 
     def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout_s: float,
+        admin: bool = False,
     ) -> Any:
         url = self.url + path
-        keys = [self._api_key]
-        if path.startswith(ADMIN_ROUTES):
-            keys.insert(0, self._admin_api_key)
+        keys = [self._admin_api_key, self._api_key] if admin else [self._api_key]
         try:
             for key in dict.fromkeys(keys):
                 response = self._session().request(

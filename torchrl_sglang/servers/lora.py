@@ -21,7 +21,7 @@ from ..errors import (
     ServiceError,
     UnsupportedOptionError,
 )
-from .http import ControlClient
+from .control import ControlClient
 from .lora_folder import adapter_path
 from .lora_versions import AdapterVersions, versions_of
 
@@ -100,7 +100,7 @@ class Adapters:
             )
         body = {"lora_name": name, "lora_path": folder, "pinned": pinned}
         _, failures = ask_all(
-            lambda worker: worker.post("/load_lora_adapter", body, timeout_s=timeout_s),
+            lambda worker: worker.load_adapter(body, timeout_s),
             self._workers,
         )
         if failures:
@@ -229,7 +229,7 @@ class Adapters:
         """Raises if it is the servers' options that rule out adapters; asked only after a no."""
         for worker in self._workers:
             try:
-                info = worker.get("/server_info")
+                info = worker.server_info()
             except ServiceError:
                 continue  # the error at hand says more
             if not info.get("enable_lora", True):
@@ -252,7 +252,7 @@ T = TypeVar("T")
 
 def registered(worker: ControlClient) -> frozenset[str]:
     """Names from ``/v1/models``, which lists the base model too; only adapters have a parent."""
-    answer = worker.get("/v1/models")
+    answer = worker.models()
     try:
         return frozenset(card["id"] for card in answer["data"] if card.get("parent") is not None)
     except (KeyError, TypeError, AttributeError) as error:
@@ -264,7 +264,7 @@ def registered(worker: ControlClient) -> frozenset[str]:
 def unload(name: str, timeout_s: float | None, worker: ControlClient) -> bool:
     """Whether the server had it."""
     try:
-        worker.post("/unload_lora_adapter", {"lora_name": name}, timeout_s=timeout_s)
+        worker.unload_adapter(name, timeout_s)
     except RequestRefusedError:
         if name in registered(worker):
             raise

@@ -28,10 +28,10 @@ from .attach import (
     read_info,
     remove_from_router,
 )
+from .control import ControlClient
 from .gate import ServiceState, UpdateGate
 from .health import is_paused, lifeless
 from .hosts import local_address
-from .http import ControlClient
 from .info import INITIAL_VERSION, WorkerInfo
 from .lora import Adapters
 from .lora_versions import AdapterVersions
@@ -213,7 +213,7 @@ class Servers:
             return str(self.versions.pushed)
         if self.lost:
             self.recover()
-        answer = self.workers[0].get("/model_info")
+        answer = self.workers[0].model_info()
         version = str(answer.get("weight_version", INITIAL_VERSION))
         self.versions.saw([version])
         return version
@@ -356,7 +356,7 @@ class Servers:
     def _restarted(self, fleet: Fleet, url: str, given_up: threading.Event) -> ControlClient:
         fleet.restart(url, given_up)
         worker = client_of(url, self.keys, self.timeouts)
-        worker.post("/pause_generation", {"mode": "retract"})
+        worker.pause("retract")
         return worker
 
     def _fleet_of(self, urls: Iterable[str]) -> Fleet:
@@ -396,7 +396,7 @@ class Servers:
     def _go_on(self) -> None:
         for worker in self.cluster.workers:
             if worker.url in self._unrouted:
-                worker.post("/continue_generation")
+                worker.resume()
         if not self.versions.adapters_only:  # else the next push brings the adapter
             self.rejoin()
 

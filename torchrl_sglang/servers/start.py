@@ -17,7 +17,7 @@ from ..launch.commands import check_extra_args
 from ..launch.cores import divide_cores, usable_cores
 from ..launch.fleet import Fleet, FleetPlan
 from .attach import Credentials, client_of
-from .http import ControlClient
+from .control import ControlClient
 from .info import parse_worker_urls
 
 SIZES = ("tp_size", "dp_size", "pp_size", "ep_size")
@@ -210,11 +210,9 @@ def start_fleet(plan: FleetPlan, keys: Credentials) -> Fleet:
 
     def router_ready(url: str, num_workers: int) -> bool:
         try:
-            workers = parse_worker_urls(client(url).get("/workers"))
+            workers = parse_worker_urls(client(url).workers())
         except ServiceError:
             return False
         return workers is not None and len(workers) == num_workers
 
-    return Fleet(
-        plan, server_ready=lambda url: client(url).answers("/health"), router_ready=router_ready
-    )
+    return Fleet(plan, server_ready=lambda url: client(url).is_up(), router_ready=router_ready)

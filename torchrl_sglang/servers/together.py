@@ -20,8 +20,8 @@ from ..errors import (
     ServiceError,
     SGLangError,
 )
+from .control import ControlClient
 from .health import waits_for_gpu
-from .http import ControlClient
 from .info import WorkerInfo
 
 Call = Callable[[ControlClient], Any]
@@ -29,8 +29,6 @@ Call = Callable[[ControlClient], Any]
 # How long a session that somebody else opened is waited for, before it is taken for a dead one's.
 TAKE_OVER_S = 1.0
 TAKE_OVER_POLL_S = 0.05
-
-NOT_FOR_US = (401, 403, 404, 405)  # what says that a key or a route is wrong, not what was sent
 
 
 class Courier:
@@ -79,13 +77,13 @@ def _begin(timeout_s: float, worker: ControlClient) -> None:
     while not _opens(timeout_s, worker):
         waited = True
         if time.monotonic() > deadline:
-            worker.post("/end_weight_update", timeout_s=timeout_s)
-            worker.post("/begin_weight_update", timeout_s=timeout_s)
+            worker.end(timeout_s)
+            worker.begin(timeout_s)
             return
         time.sleep(TAKE_OVER_POLL_S)
     if waited:
         # Its trainer goes on with the version and lets the server go, in the middle of this push.
-        worker.post("/end_weight_update", timeout_s=timeout_s)
+        worker.end(timeout_s)
         raise ServiceError(
             "another process was pushing to this server: one trainer at a time can, and its push "
             "and this one may both be incomplete. Push again once the other has stopped."
@@ -94,20 +92,10 @@ def _begin(timeout_s: float, worker: ControlClient) -> None:
 
 def _opens(timeout_s: float, worker: ControlClient) -> bool:
     try:
-        worker.post("/begin_weight_update", timeout_s=timeout_s)
+        worker.begin(timeout_s)
     except RequestRefusedError:
         return False
     return True
-
-
-def _ask_for(path: str, timeout_s: float, worker: ControlClient) -> None:
-    try:
-        worker.post(path, timeout_s=timeout_s)
-    except RequestRefusedError as error:
-        if error.status in NOT_FOR_US:
-            raise
-    except ServiceError:
-        pass  # who is gone is found out by what follows, which knows what to do about it
 
 
 class Engines:
@@ -163,19 +151,21 @@ class Engines:
         watch(asked, step=step, timeout_s=timeout_s or self.timeout_s)
         return [answer.result() for answer in asked]
 
-    def post(self, step: str, path: str, body: Mapping[str, Any] | None = None) -> None:
-        """Posts to every server what takes milliseconds; errors as in `do`."""
-        self.do(step, lambda w: w.post(path, body, timeout_s=self.step_s), self.step_s)
+    def pause(self, step: str, mode: str) -> None:
+        """Pauses every server; errors as in `do`, under the name of a step."""
+        self.do(step, lambda worker: worker.pause(mode, self.step_s), self.step_s)
 
-    def ask_for(self, path: str) -> None:
-        """Finds out whether servers let this process use a control route, without using it.
+    def resume(self) -> None:
+        """Has every server go on; errors as in `do`."""
+        self.do("continue", lambda worker: worker.resume(self.step_s), self.step_s)
 
-        What is sent is empty. Servers look at the key first, and then refuse what is missing.
+    def check_allowed(self, method: str) -> None:
+        """Finds out whether servers let this process carry weights so, see `ControlClient`.
 
         Raises:
             PushError: a server refuses the key, or has no such route.
         """
-        self.do("connect", partial(_ask_for, path, self.step_s), self.step_s)
+        self.do("connect", lambda w: w.check_allowed(method, self.step_s), self.step_s)
 
     def begin(self) -> None:
         """Opens an update session where servers have them; errors as in `do`.
@@ -193,7 +183,7 @@ class Engines:
         """Closes the update session; errors as in `do`."""
         within_s = timeout_s or self.timeout_s
         if self.has_session:
-            self.do("end", lambda w: w.post("/end_weight_update", timeout_s=within_s), within_s)
+            self.do("end", lambda worker: worker.end(within_s), within_s)
 
     def flush(self) -> bool:
         """Empties the prefix caches of paused servers; whether all are empty now.
@@ -209,7 +199,7 @@ class Engines:
 
         def flush(worker: ControlClient) -> None:
             try:
-                worker.post("/flush_cache", timeout_s=self.step_s)
+                worker.flush(self.step_s)
             except RequestRefusedError:
                 if not may_refuse:
                     raise
@@ -242,8 +232,8 @@ class Engines:
 
     def set_version(self, version: int) -> None:
         """Tells every server the number of its weights; errors as in `do`."""
-        body = {"new_version": str(version), "abort_all_requests": False}
-        self.post("version", "/update_weight_version", body)
+        number, step_s = str(version), self.step_s
+        self.do("version", lambda worker: worker.set_version(number, step_s), step_s)
 
     def close(self) -> None:
         """Lets go of the threads; one that hangs in a call is left behind. Harmless twice."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, wait
 
-from .http import ControlClient
+from .control import ControlClient
 from .info import INITIAL_VERSION
 from .threads import in_thread
 
@@ -19,7 +19,7 @@ def ask_versions(workers: Iterable[ControlClient]) -> dict[Future[str], str]:
     """
 
     def ask(worker: ControlClient) -> str:
-        answer = worker.get("/model_info", timeout_s=ASK_S)
+        answer = worker.model_info(ASK_S)
         return str(answer.get("weight_version", INITIAL_VERSION))
 
     asked = {in_thread(lambda w=w: ask(w), "torchrl_sglang-ask"): w.url for w in workers}

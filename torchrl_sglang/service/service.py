@@ -19,8 +19,9 @@ from ..generate.sessions import Sessions
 from ..launch.fleet import Fleet
 from ..launch.options import in_our_words
 from ..servers.attach import Cluster, Credentials
+from ..servers.control import ControlClient
 from ..servers.gate import ServiceState, UpdateGate
-from ..servers.http import ControlClient, normalise_url
+from ..servers.http import normalise_url
 from ..servers.info import WorkerInfo
 from ..servers.lora import Adapters
 from ..servers.members import Servers
@@ -405,7 +406,7 @@ class AsyncSGLang(RLSGLangEngine):
             ServiceError: a server refused; SGLang does so while requests are in flight.
         """
         for worker in self.servers.workers:
-            worker.post("/flush_cache")
+            worker.flush()
         return True
 
     # Weights, as TorchRL's recipes push them

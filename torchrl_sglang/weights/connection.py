@@ -11,9 +11,9 @@ import torch
 
 from ..config import SyncMethod, Timeouts, WeightSyncConfig
 from ..errors import ConfigError, EngineLostError, PushError
+from ..servers.control import ControlClient
 from ..servers.gate import ServiceState
 from ..servers.hosts import is_here
-from ..servers.http import ControlClient
 from ..servers.info import WorkerInfo
 from ..servers.members import Servers
 from ..servers.together import Engines
@@ -114,7 +114,8 @@ class Connection:
             timeouts=timeouts,
             owner=self._servers,
         )
-        self._engines.ask_for(self._carrier.route)  # a wrong key is known before anything is begun
+        # A wrong key is known before anything is begun.
+        self._engines.check_allowed(self._carrier.order)
         self._carrier.connect()
 
     def abandon(self) -> None:

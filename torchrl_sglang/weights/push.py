@@ -352,7 +352,7 @@ def attempt(
     """
     paused_at = time.perf_counter()
     with timer.measure("pause"):
-        engines.post("pause", "/pause_generation", {"mode": config.pause_mode})
+        engines.pause("pause", config.pause_mode)
     with timer.measure("flush"):
         flushed = config.flushes and engines.flush()
     with timer.measure("begin"):
@@ -370,7 +370,7 @@ def attempt(
     with timer.measure("version"):
         engines.set_version(plan.version)
     with timer.measure("continue"):
-        engines.post("continue", "/continue_generation")
+        engines.resume()
     paused_s = time.perf_counter() - paused_at
     with timer.measure("verify"):
         if verifies:
@@ -389,5 +389,5 @@ def _probe(plan: Plan, engines: Engines) -> None:
         plan.verifier.by_probe(engines, f"probe-{plan.version}")
     except BaseException:
         with contextlib.suppress(PushError):
-            engines.post("verify", "/pause_generation", {"mode": "abort"})
+            engines.pause("verify", "abort")
         raise

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
 from ..errors import EngineLostError, PushError
+from ..servers.control import ControlClient
 from ..servers.health import needs_no_scheduler, silent_at
-from ..servers.http import ControlClient
 from ..servers.threads import in_thread
 from ..servers.together import broke_connection
 from .carry.group import WireError
@@ -46,9 +46,9 @@ def after_failure(
     """
 
     def pause(worker: ControlClient) -> None:
-        worker.post("/pause_generation", {"mode": "retract"}, timeout_s=LIVENESS_S)
+        worker.pause("retract", LIVENESS_S)
         if in_session:
-            worker.post("/end_weight_update", timeout_s=LIVENESS_S)
+            worker.end(LIVENESS_S)
 
     pauses = {in_thread(lambda w=w: pause(w), "torchrl_sglang-pause"): w for w in workers}
     deadline = time.monotonic() + LIVENESS_S

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from ...config import Timeouts
 from ...errors import PushError, TopologyError
-from ...servers.http import ControlClient
+from ...servers.control import ControlClient
 from ...servers.threads import in_thread
 from ...servers.together import Engines, watch
 from ..buckets import FLATTENED, Bucket, plan_ranks
@@ -22,7 +22,6 @@ from .carrier import Carrier
 from .group import Rendezvous, TrainerGroup
 from .payload import Layout, Payloads
 
-ROUTE = "/update_weights_from_distributed"
 # What SGLang's models pass over in a checkpoint: an announced tensor that changes nothing.
 PROBE_NAME = "model.layers.0.self_attn.rotary_emb.inv_freq"
 # A server that does not answer shall be named before the trainer's end runs out of time too.
@@ -54,7 +53,7 @@ class Broadcast(Carrier):
     """
 
     method = "broadcast"
-    route = ROUTE
+    order = "announce"
 
     def __init__(
         self,
@@ -146,7 +145,7 @@ class Broadcast(Carrier):
                 "group_name": name,
                 "backend": self._backend,
             }
-            worker.post("/init_weights_update_group", body, timeout_s=self._timeouts.group_s)
+            worker.join(body, self._timeouts.group_s)
 
         return self._engines.ask(invite)
 
@@ -169,7 +168,7 @@ class Broadcast(Carrier):
             self._engines.end()
         except BaseException as error:
             self.drop()
-            self._tell("/end_weight_update", {})
+            self._tell(ControlClient.end)
             if not isinstance(error, PushError):
                 raise
             said = f"the first broadcast over NCCL did not get through: {error}. {NCCL_HELP}"
@@ -239,12 +238,9 @@ class Broadcast(Carrier):
         group, self._group = self._group, None
         if group is None:
             return
-        body = {"group_name": group.name}
-        timeout_s = self._timeouts.step_s
+        name, timeout_s = group.name, self._timeouts.step_s
         # NCCL ends a communicator only when all ranks do, so no side may wait for another.
-        ends = self._engines.ask(
-            lambda w: w.post("/destroy_weights_update_group", body, timeout_s=timeout_s)
-        )
+        ends = self._engines.ask(lambda worker: worker.leave(name, timeout_s))
         left = in_thread(
             lambda: group.close(broken=False), "torchrl_sglang-leave", exit_waits_s=timeout_s
         )
@@ -259,14 +255,13 @@ class Broadcast(Carrier):
         hang in it, and then takes no other group.
         """
         if self._backend == "gloo":
-            self._tell("/destroy_weights_update_group", {"group_name": name})
+            self._tell(ControlClient.leave, name)
 
-    def _tell(self, path: str, body: Mapping[str, Any]) -> None:
-        """Posts to every server from threads that nothing waits for; answers don't matter."""
+    def _tell(self, order: Callable[..., None], *args: Any) -> None:
+        """Gives an order to every server from threads that nothing waits for."""
         for worker in self._engines.workers:
-            in_thread(
-                lambda w=worker: w.post(path, body, timeout_s=CLEAN_UP_S), "torchrl_sglang-tell"
-            )
+            call = partial(order, worker, *args, timeout_s=CLEAN_UP_S)
+            in_thread(call, "torchrl_sglang-tell")
 
 
 def operation_s(backend: str, timeouts: Timeouts) -> float:
@@ -284,7 +279,7 @@ def _leave(joined: Future[TrainerGroup]) -> None:
 
 
 def _announce(body: Mapping[str, Any], timeout_s: float, worker: ControlClient) -> None:
-    worker.post(ROUTE, body, timeout_s=timeout_s)
+    worker.announce(body, timeout_s)
 
 
 def sending_device(served_on: str, given: torch.device | str | int | None) -> torch.device:

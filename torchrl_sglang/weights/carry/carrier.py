@@ -17,12 +17,12 @@ class Carrier(abc.ABC):
 
     Attributes:
         method: its name in `PushResult`.
-        route: the servers' control route that takes its weights.
+        order: the method of `ControlClient` that gives servers its weights.
         in_session: the servers take its weights between begin and end of an update session.
     """
 
     method: ClassVar[str]
-    route: ClassVar[str]
+    order: ClassVar[str]
     in_session: ClassVar[bool] = True
 
     def __init__(self) -> None:

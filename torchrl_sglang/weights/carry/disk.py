@@ -18,15 +18,14 @@ from safetensors.torch import save_file
 
 from ...config import Timeouts
 from ...errors import TopologyError, WeightsError
+from ...servers.control import ControlClient
 from ...servers.hosts import is_here
-from ...servers.http import ControlClient
 from ...servers.together import Engines, push_error, watch
 from ..buckets import Bucket
 from ..result import StepTimer
 from ..source.lazy import LazyWeights
 from .carrier import Carrier
 
-ROUTE = "/update_weights_from_disk"
 INDEX = "model.safetensors.index.json"
 PROCESS = uuid.uuid4().hex[:8]  # several trainers may write into one folder
 COPIED = (".json", ".jinja", ".model", ".txt", ".py")  # config, tokenizer, chat template, code
@@ -51,7 +50,7 @@ class DiskCarrier(Carrier):
     """
 
     method: ClassVar[str] = "disk"
-    route = ROUTE
+    order = "load_files"
     in_session: ClassVar[bool] = False
 
     def __init__(
@@ -93,13 +92,13 @@ class DiskCarrier(Carrier):
     ) -> str:
         """Writes, then has all servers load; see `Carrier.transfer`."""
         checkpoint = self._folder / f"{self._prefix}{uuid.uuid4().hex[:8]}"
+        with timer.measure("write"):
+            try:
+                write_checkpoint(checkpoint, buckets, weights, self._model_path)
+            except Exception as error:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                raise push_error(error, "transfer", None) from error
         with timer.measure("transfer"):
-            with timer.measure("write"):
-                try:
-                    write_checkpoint(checkpoint, buckets, weights, self._model_path)
-                except Exception as error:
-                    shutil.rmtree(checkpoint, ignore_errors=True)
-                    raise push_error(error, "transfer", None) from error
             timeout_s = self._timeouts.bucket_s(sum(bucket.num_bytes for bucket in buckets))
             asked = self._engines.ask(partial(_load, checkpoint, timeout_s))
             watch(asked, step="transfer", timeout_s=timeout_s)
@@ -118,7 +117,7 @@ def _load(checkpoint: Path, timeout_s: float, worker: ControlClient) -> None:
         "abort_all_requests": False,
         "weight_version": None,
     }
-    worker.post(ROUTE, body, timeout_s=timeout_s)
+    worker.load_files(body, timeout_s)
 
 
 def _made(folder: str | None, owner: object) -> Path:

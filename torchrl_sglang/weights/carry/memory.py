@@ -12,16 +12,14 @@ import torch
 
 from ...config import Timeouts
 from ...errors import TopologyError
+from ...servers.control import ControlClient
 from ...servers.hosts import is_here
-from ...servers.http import ControlClient
 from ...servers.together import Engines, push_error, watch
 from ..buckets import FLATTENED, Bucket, plan_ranks
 from ..result import StepTimer
 from .carrier import Carrier
 from .payload import NUM_BUFFERS, Payloads
 from .shared_memory import allocate_on_gpu, allocate_shared, shared_message
-
-ROUTE = "/update_weights_from_tensor"
 
 Call = Callable[[ControlClient], None]
 
@@ -42,7 +40,7 @@ class TensorCarrier(Carrier):
     """
 
     method: ClassVar[str] = "tensor"
-    route = ROUTE
+    order = "load_tensors"
 
     def __init__(self, engines: Engines, *, device: torch.device, timeouts: Timeouts) -> None:
         plan_ranks(engines.infos)
@@ -152,6 +150,6 @@ def _announcement(messages: Sequence[str], timeout_s: float) -> Call:
     }
 
     def announce(worker: ControlClient) -> None:
-        worker.post(ROUTE, body, timeout_s=timeout_s)
+        worker.load_tensors(body, timeout_s)
 
     return announce

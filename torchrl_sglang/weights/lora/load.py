@@ -7,7 +7,7 @@ import contextlib
 import json
 import pickle
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from ...errors import HTTPAnswerError, UnsupportedOptionError
+from ...servers.control import ControlClient
 from ...servers.hosts import is_here
-from ...servers.http import ControlClient
 from ...servers.info import WorkerInfo
 from ...servers.lora import said
 from ...servers.lora_folder import CONFIG, WEIGHTS
 from .source import AdapterSource
 
-FROM_FOLDER, FROM_TENSORS = "/load_lora_adapter", "/load_lora_adapter_from_tensors"
+Order = Callable[[ControlClient, Mapping[str, Any], float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +30,21 @@ class Load:
     """The order to load an adapter.
 
     Attributes:
-        path: the servers' route.
+        order: how a server is told.
         bodies: what it takes, by the server's URL.
         num_bytes: bytes of the adapter's tensors; 0 where the servers fetch them from a hub.
     """
 
-    path: str
+    order: Order
     bodies: Mapping[str, Mapping[str, Any]]
     num_bytes: int
 
     def post(self, worker: ControlClient, timeout_s: float) -> None:
         """Gives the order to one server; an error says what SGLang said, not all of its answer."""
         try:
-            worker.post(self.path, self.bodies[worker.url], timeout_s=timeout_s)
+            self.order(worker, self.bodies[worker.url], timeout_s)
         except HTTPAnswerError as error:
-            message = f"POST {worker.url}{self.path} answered {error.status}: {said(error)}"
+            message = f"{worker.url} answered {error.status}: {said(error)}"
             raise type(error)(message, status=error.status, body=error.body) from error
 
 
@@ -78,8 +78,8 @@ def prepared(
     far = [info.url for info in infos if not is_here(info.url)]
     if far:
         raise UnsupportedOptionError(
-            f"not every server has {FROM_TENSORS}, and {', '.join(far)} is on another machine: "
-            "write the adapter to a folder that the servers see, with save_pretrained, and push "
+            f"not every server takes an adapter without a folder, and {', '.join(far)} is on "
+            "another machine: write the adapter to a folder that the servers see, with save_pretrained, and push "
             "its path; or update SGLang."
         )
     with tempfile.TemporaryDirectory(prefix="torchrl_sglang-adapter-") as folder:
@@ -89,7 +89,9 @@ def prepared(
 
 def _folder_load(folder: str, name: str, infos: Sequence[WorkerInfo], num_bytes: int) -> Load:
     body = {"lora_name": name, "lora_path": folder, "pinned": False}
-    return Load(path=FROM_FOLDER, bodies={i.url: body for i in infos}, num_bytes=num_bytes)
+    return Load(
+        order=ControlClient.load_adapter, bodies={i.url: body for i in infos}, num_bytes=num_bytes
+    )
 
 
 def _tensor_load(
@@ -112,7 +114,7 @@ def _tensor_load(
         }
         for info in infos
     }
-    return Load(path=FROM_TENSORS, bodies=bodies, num_bytes=num_bytes)
+    return Load(order=ControlClient.load_adapter_tensors, bodies=bodies, num_bytes=num_bytes)
 
 
 def _write(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from ..result import PushResult, StepTimer
 from ..source.expected import Dtypes, expected_model, served_dtype
 from ..verify.score import probe_ids, reference_log_probs
 from ..verify.verifier import compare_probe
-from .load import FROM_FOLDER, Load, prepared
+from .load import Load, prepared
 from .room import Room
 from .source import AdapterSource, read_adapter
 
@@ -64,7 +64,7 @@ class AdapterPusher(WeightPusher):
         """
         with self._lock:
             check_servers(self._infos)
-            self._ready_engines().ask_for(FROM_FOLDER)
+            self._ready_engines().check_allowed("load_adapter")
             self._connected = True
 
     def push(

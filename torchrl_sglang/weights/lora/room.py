@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ...errors import PushError, WeightsError
-from ...servers.http import ControlClient
+from ...servers.control import ControlClient
 from ...servers.lora import LIST_VALID_S, registered, unload
 from ...servers.lora_versions import AdapterVersions, versioned, versions_of
 from ...servers.together import Engines

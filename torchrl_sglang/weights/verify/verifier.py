@@ -11,8 +11,7 @@ from torch import nn
 
 from ...config import WeightSyncConfig
 from ...errors import ServiceError, VerificationError
-from ...servers.health import ask_checksums
-from ...servers.http import ControlClient
+from ...servers.control import ControlClient
 from ...servers.info import WorkerInfo
 from ...servers.together import Engines, push_error
 from ..layout import FAMILIES, without_siblings
@@ -172,7 +171,7 @@ class Verifier:
             self._unproved = f"Checksums prove nothing of {self._infos[0].url}: {lone}."
             return
         within_s = timeout_s or engines.timeout_s
-        given = engines.collect("verify", lambda w: ask_checksums(w, within_s), within_s)
+        given = engines.collect("verify", lambda worker: worker.checksums(within_s), within_s)
         answers = [
             _parsed(info.url, parse_checksums, answer, info.tp_size, info.num_copies)
             for info, answer in zip(engines.infos, given, strict=True)
@@ -251,7 +250,7 @@ def compare_probe(
     body = probe_body(ids, salt, lora)
 
     def score(worker: ControlClient) -> Any:
-        return worker.post("/generate", body, timeout_s=timeout_s)
+        return worker.score(body, timeout_s)
 
     given = engines.collect("verify", score, timeout_s)
     for worker, answer in zip(engines.workers, given, strict=True):
