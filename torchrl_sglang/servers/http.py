@@ -1,4 +1,4 @@
-"""Control and info requests over HTTP: one client per server. Generation is in `data_client`."""
+"""Control and info requests over HTTP: one client per server. `generate.client` generates."""
 
 from __future__ import annotations
 
