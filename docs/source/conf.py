@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from torchrl_sglang.sampling_names import ALIASES, REFUSED
+from torchrl_sglang.generate.sampling_names import ALIASES, REFUSED
 
 project = "torchrl_sglang"
 author = "torchrl_sglang contributors"

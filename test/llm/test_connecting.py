@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import time
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +26,7 @@ from torchrl_sglang import (
     get_model_metadata,
 )
 from torchrl_sglang.errors import (
+    AlreadyConnectedError,
     ConfigError,
     NotConnectedError,
     PushError,
@@ -219,3 +224,27 @@ def test_names_of_torchrls_engine(service: AsyncSGLang) -> None:
     with pytest.raises(UnsupportedOptionError, match=r"update_weights\(\[\(name, tensor\)"):
         service.update_weights_from_distributed("lm_head.weight", torch.bfloat16, (2, 3))
     assert service.flush_cache() is True
+
+
+def test_the_engines_own_group_gives_no_way_while_it_joins(
+    proxied: AsyncSGLang, proxy: FaultProxy, restore_weights: None
+) -> None:
+    proxy.faults["/init_weights_update_group"] = Fault(delay_s=2.0)
+    with ThreadPoolExecutor() as pool:
+        joining = pool.submit(proxied.init_weight_update_group)
+        deadline = time.monotonic() + 10.0
+        while not proxy.seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(AlreadyConnectedError, match="weight update group of"):
+            SGLangWeightSyncScheme(proxied).connect()
+        joining.result(30.0)
+    proxy.faults.clear()
+    first = weakref.ref(proxied._local.sync._pusher)  # type: ignore[arg-type]
+    scheme = SGLangWeightSyncScheme(proxied)
+    with pytest.warns(RuntimeWarning, match="takes the place of <weight update group of"):
+        scheme.connect()
+    with pytest.raises(NotConnectedError, match="has taken the place of this weight sync"):
+        proxied.update_weights([])
+    scheme.close()
+    gc.collect()
+    assert first() is None

@@ -46,9 +46,9 @@ from torchrl_sglang.weights.carry.payload import Payloads
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
-SHORT = Timeouts(control_s=2.0, transfer_s=2.0, group_s=3.0, request_s=60.0)
+SHORT = Timeouts(control_s=3.0, step_s=3.0, transfer_s=2.0, group_s=3.0, request_s=60.0)
 CONFIG = WeightSyncConfig(bucket_bytes=1 << 18)
-WITHIN_S = 5.0
+WITHIN_S = 6.0
 LAST = -1  # the last bucket
 
 ROUTES = {

@@ -1,4 +1,4 @@
-"""The command line and environment of one SGLang server, as pure functions."""
+"""The command lines and environments of a server and of the router, as pure functions."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from ..errors import ConfigError, NotConnectedError
 from ..service.service import AsyncSGLang, find_service
 from ..weights.buckets import count_ranks, plan_ranks
 from ..weights.lora.push import AdapterPusher
-from ..weights.push import WeightPusher
+from ..weights.push import WeightPusher, abandon_with
 from ..weights.result import PushResult
 from ..weights.source.named import taken_in
 from ..weights.source.sharded import leading
@@ -163,7 +162,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             service.servers, config=self.config, model_path=self.model_path, **self._where
         )
         self._service = service
-        weakref.finalize(self, _let_go, self._pusher, self._pid).atexit = False
+        abandon_with(self, self._pusher)
 
     def _service_of(self, engine: Any) -> AsyncSGLang:
         url = engine if isinstance(engine, str) else getattr(engine, "server_url", None)
@@ -457,7 +456,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
     def __del__(self) -> None:
         """Nothing: TorchRL's own calls ``shutdown``, which a collector of garbage can't wait for.
 
-        `_let_go` is called instead, though never at the interpreter's exit: nothing that a
+        `abandon_with` does it instead, though never at the interpreter's exit: nothing that a
         finaliser needs is there any more then.
         """
 
@@ -479,9 +478,3 @@ def _configured(
             f"write WeightSyncConfig(..., {said})."
         )
     return config or WeightSyncConfig(**options)
-
-
-def _let_go(pusher: WeightPusher, pid: int) -> None:
-    """Leaves the group of a scheme that is gone, without a word to the servers."""
-    if os.getpid() == pid:
-        pusher.abandon()

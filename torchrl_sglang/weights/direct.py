@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from ..errors import NotConnectedError, UnsupportedOptionError
 from ..launch.ports import PortReservation
 from ..servers.members import Servers
-from .push import WeightPusher
+from .push import WeightPusher, abandon_with
 from .source.expected import expected_parameters
 from .source.named import taken_in
 from .source.sharded import leading
@@ -29,6 +30,7 @@ class DirectSync:
         self._servers = servers
         self._master_port: int | None = None
         self._pusher: WeightPusher | None = None
+        self._abandon: weakref.finalize[..., object] | None = None
         self._left = NOT_JOINED
 
     def get_master_address(self) -> str:
@@ -69,19 +71,25 @@ class DirectSync:
         self.close_weight_update_group()
         pusher = WeightPusher(self._servers, master_address=master_address, master_port=master_port)
         self._servers.gate.take(self)
+        self._pusher, self._left = pusher, NOT_JOINED  # so that it gives no way while it joins
+        self._abandon = abandon_with(self, pusher)
         try:
             pusher.connect()
         except BaseException:
-            self._servers.gate.release(self)
+            self._leave()
             raise
-        self._pusher, self._left = pusher, NOT_JOINED
 
     def close_weight_update_group(self) -> None:
         """Leaves the collective; harmless without one."""
         if self._pusher is not None:
             self._pusher.close()
-            self._servers.gate.release(self)
+            self._leave()
+
+    def _leave(self) -> None:
+        self._servers.gate.release(self)
         self._pusher = None
+        if self._abandon is not None:
+            self._abandon.detach()
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Pushes a whole model, under the number that follows the servers'.

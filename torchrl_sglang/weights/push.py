@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -391,3 +393,18 @@ def _probe(plan: Plan, engines: Engines) -> None:
         with contextlib.suppress(PushError):
             engines.pause("verify", "abort")
         raise
+
+
+def abandon_with(owner: object, pusher: WeightPusher) -> weakref.finalize[..., object]:
+    """Leaves the group once ``owner`` is gone, without a word to the servers.
+
+    Not in a forked copy, and never at the interpreter's exit: nothing that it needs is there then.
+    """
+    finalizer = weakref.finalize(owner, _abandon, pusher, os.getpid())
+    finalizer.atexit = False
+    return finalizer
+
+
+def _abandon(pusher: WeightPusher, pid: int) -> None:
+    if os.getpid() == pid:
+        pusher.abandon()

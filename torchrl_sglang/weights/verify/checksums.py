@@ -1,7 +1,7 @@
 """What the servers' ``/weights_checker`` should answer, and what it says where that isn't known.
 
 It answers one hash per parameter and rank, in the *server's* layout: q, k and v (and gate and up)
-are one matrix, and each tensor-parallel rank has its part. Where the layout is known (`shards`), a
+are one matrix, and each tensor-parallel rank has its part. Where the layout is known (`layout`), a
 rank's parameters are hashed here the same way (`hashing`), so that equal hashes mean equal bytes.
 Elsewhere, engines that got the same broadcast can at least be compared with each other.
 """
