@@ -164,19 +164,16 @@ def refused(case: Case) -> None:
     """An announcement is refused while the trainer is in the broadcast already."""
     scheme = connected(case)
     worker = case.service.workers[0]
-    post = worker.post
 
-    def refuse(path: str, *args: Any, **kwargs: Any) -> Any:
-        if path == "/update_weights_from_distributed":
-            time.sleep(0.5)  # by now the trainer waits in NCCL
-            raise RequestRefusedError("refused for the test", status=400)
-        return post(path, *args, **kwargs)
+    def refuse(*_: Any, **__: Any) -> None:
+        time.sleep(0.5)  # by now the trainer waits in NCCL
+        raise RequestRefusedError("refused for the test", status=400)
 
-    worker.post = refuse  # type: ignore[method-assign]
+    worker.announce = refuse  # type: ignore[method-assign]
     try:
         case.failing(lambda: scheme.send(perturb(case.model)))
     finally:
-        worker.post = post  # type: ignore[method-assign]
+        del worker.announce  # type: ignore[attr-defined]
     case.answers()
     case.repairing(scheme)
     scheme.close()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from servers import asked
 from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens

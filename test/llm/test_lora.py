@@ -12,7 +12,7 @@ import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
 from lora_files import ATTENTION, MLP, merge_adapter, random_adapter
-from servers import hf_log_probs, perturb, wait_until, worst_error
+from servers import hf_log_probs, perturb, told, wait_until, worst_error
 from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWeightSyncScheme

@@ -8,7 +8,6 @@ from typing import Any
 
 import openai
 import pytest
-from servers import asked
 
 from torchrl_sglang import AsyncSGLang, Completion
 

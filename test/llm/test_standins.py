@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from servers import told
 
 from torchrl_sglang.launch.commands import CPU_SERVE
 

@@ -27,8 +27,8 @@ class PushResult:
         lost_engines: URLs of servers that died on the way and were left out.
         restarted_engines: URLs of servers that were found dead or stuck and started again.
         step_s: seconds of each step, by name: ``restart``, ``join`` (with a new group), ``pause``,
-            ``flush``, ``begin``, ``write`` (of files), ``transfer``, ``end``, ``verify``, ``version``, ``continue``;
-            of an adapter ``room``, ``load``, ``verify``, ``version``.
+            ``flush``, ``begin``, ``write`` (of files), ``transfer``, ``end``, ``verify``,
+            ``version``, ``continue``; of an adapter ``room``, ``load``, ``verify``, ``version``.
         push_s: seconds from the first announcement to the last acknowledgement.
         paused_s: seconds from pause to continue.
         total_s: seconds of all of it.

@@ -79,8 +79,8 @@ def prepared(
     if far:
         raise UnsupportedOptionError(
             f"not every server takes an adapter without a folder, and {', '.join(far)} is on "
-            "another machine: write the adapter to a folder that the servers see, with save_pretrained, and push "
-            "its path; or update SGLang."
+            "another machine: write the adapter to a folder that the servers see, with "
+            "save_pretrained, and push its path; or update SGLang."
         )
     with tempfile.TemporaryDirectory(prefix="torchrl_sglang-adapter-") as folder:
         _write(Path(folder), tensors, adapter.config)
