@@ -128,12 +128,12 @@ class Bench:
 
     def bare(self, num_pushes: int) -> None:
         """A loop without any safety: announce, broadcast, wait; nothing is paused or watched."""
-        from torchrl_sglang.servers.together import Engines
         from torchrl_sglang.weights.buckets import plan_buckets, spec_of
         from torchrl_sglang.weights.carry.broadcast import Broadcast
+        from torchrl_sglang.weights.targets import Targets
 
         service = self.service
-        engines = Engines(service.workers, service.cluster.infos, 60.0)
+        engines = Targets(service.workers, service.cluster.infos, 60.0)
         carrier = Broadcast(
             engines,
             address="127.0.0.1",

@@ -51,7 +51,7 @@ from torchrl_sglang.errors import (
 from torchrl_sglang.servers import lora as adapters
 from torchrl_sglang.servers.gate import ServiceState
 from torchrl_sglang.servers.http import ControlClient
-from torchrl_sglang.weights.lora import room as adapter_room
+from torchrl_sglang.weights.lora import loaded as adapter_room
 from torchrl_sglang.weights.lora.load import prepared
 from torchrl_sglang.weights.lora.source import read_adapter
 
@@ -628,8 +628,6 @@ def test_refused_before_anything_is_touched(
             scheme.send(source)
     with pytest.raises(VersionError, match="version 0 can't be pushed"):
         scheme.push(model, version=0)
-    with pytest.raises(ConfigError, match="pauses nothing"):
-        scheme.pusher.push_later(model)
     assert {path for path, _ in front.seen} == {"/model_info"}
     unverified = random_adapter(tmp_path / "a", base, seed=1)
     strict = connected_with(scheme, verify_method="probe")
@@ -643,7 +641,7 @@ def test_refused_before_anything_is_touched(
 
 def connected_with(scheme: SGLangWeightSyncScheme, **config: Any) -> Any:
     """The pusher of a scheme with other options."""
-    scheme.pusher.config = replace(scheme.pusher.config, **config)
+    scheme.pusher.link.config = replace(scheme.pusher.config, **config)
     return scheme.pusher
 
 

@@ -45,8 +45,8 @@ from torchrl_sglang.generate.in_flight import Calls
 from torchrl_sglang.servers.gate import UpdateGate
 from torchrl_sglang.servers.health import Looks, is_paused, looks_of
 from torchrl_sglang.servers.http import ControlClient
-from torchrl_sglang.servers.together import Engines
 from torchrl_sglang.weights.carry.group import in_thread
+from torchrl_sglang.weights.targets import Targets
 
 Connect = Callable[..., SGLangWeightSyncScheme]
 
@@ -348,16 +348,16 @@ def test_a_push_of_this_process_may_take_longer(
     connected: Connect,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    begin = Engines.begin
+    begin = Targets.begin
 
-    def begin_late(engines: Engines) -> None:
+    def begin_late(engines: Targets) -> None:
         time.sleep(6.0)
         begin(engines)
 
     scheme = connected(impatient)
     call = in_thread(lambda: impatient.complete([request_of(5, 6, sampling=LONG)]), "test")
     wait_until(lambda: num_running(impatient))
-    monkeypatch.setattr(Engines, "begin", begin_late)
+    monkeypatch.setattr(Targets, "begin", begin_late)
     scheme.send(model)
     assert len(call.result(60.0)[0].output_ids) == LONG.max_new_tokens
 
@@ -434,14 +434,14 @@ def test_what_ends_during_a_push_of_this_process_is_not_another_ones(
         "test",
     )
     wait_until(lambda: num_running(proxied))
-    post = Engines.post
+    post = Targets.post
 
-    def post_and_wait(engines: Engines, step: str, path: str, body: Any = None) -> None:
+    def post_and_wait(engines: Targets, step: str, path: str, body: Any = None) -> None:
         post(engines, step, path, body)
         if step == "continue":
             running.result(30.0)
 
-    monkeypatch.setattr(Engines, "post", post_and_wait)
+    monkeypatch.setattr(Targets, "post", post_and_wait)
     scheme.send(model)
     assert running.result()[0].weight_version == str(proxied.pushed_version)
     proxy.seen.clear()

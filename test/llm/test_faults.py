@@ -146,7 +146,7 @@ def test_a_server_that_fails(
         scheme.send(model)
         bucket = scheme.last_push.num_buckets - 1  # type: ignore[union-attr]
     if step == "init":  # joining is a step of a push only after a failure
-        scheme.pusher._drop()
+        scheme.pusher.link.drop()
     given, expected = FAULTS[fault]
     proxy.faults[ROUTES[step]] = Fault(**given, after=bucket or 0)
     perturb(model, seed=41)

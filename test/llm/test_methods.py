@@ -103,7 +103,7 @@ def test_buffers_that_are_made_for_each_push(
 ) -> None:
     """As those in a GPU's memory are."""
     scheme = connected(config=config("tensor"))
-    carrier = scheme.pusher._carrier
+    carrier = scheme.pusher.link.carrier
     for keeps in (True, False, False):
         carrier._keeps_buffers = keeps
         scheme.send(perturb(model, seed=76))

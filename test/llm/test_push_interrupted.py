@@ -19,13 +19,13 @@ from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, We
 from torchrl_sglang.errors import PushError, RequestRefusedError, ServiceBrokenError
 from torchrl_sglang.servers.gate import UpdateGate
 from torchrl_sglang.servers.threads import in_thread
-from torchrl_sglang.servers.together import Engines
 from torchrl_sglang.servers.versions import KnownVersions
 from torchrl_sglang.weights import connection as connection_module
 from torchrl_sglang.weights import push as update_module
 from torchrl_sglang.weights.carry import broadcast as broadcast_module
 from torchrl_sglang.weights.carry.broadcast import Broadcast
 from torchrl_sglang.weights.streams import handed_over
+from torchrl_sglang.weights.targets import Targets
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
@@ -58,10 +58,10 @@ def interrupt_last_wait(patched: pytest.MonkeyPatch) -> None:
 
 
 PLACES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "pause": lambda patched: patched.setattr(Engines, "post", interrupt),
+    "pause": lambda patched: patched.setattr(Targets, "post", interrupt),
     "transfer": lambda patched: patched.setattr(broadcast_module, "Payloads", interrupt),
     "end of the transfer": interrupt_last_wait,
-    "version": lambda patched: patched.setattr(Engines, "set_version", interrupt),
+    "version": lambda patched: patched.setattr(Targets, "set_version", interrupt),
     "before the commit": lambda p: p.setattr(KnownVersions, "set_pushed", interrupt),
     "commit": lambda patched: patched.setattr(UpdateGate, "commit", interrupt),
 }
@@ -139,13 +139,13 @@ def test_a_thread_that_can_not_be_started(
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """A push goes no further than the pause until this is set."""
-    begin, may_begin = Engines.begin, threading.Event()
+    begin, may_begin = Targets.begin, threading.Event()
 
-    def begin_late(engines: Engines) -> None:
+    def begin_late(engines: Targets) -> None:
         assert may_begin.wait(20.0)
         begin(engines)
 
-    monkeypatch.setattr(Engines, "begin", begin_late)
+    monkeypatch.setattr(Targets, "begin", begin_late)
     return may_begin
 
 
@@ -293,7 +293,7 @@ def test_a_probe_that_fails_leaves_no_session_open(
     """NCCL's probe when joining; what it sends goes over gloo as well."""
     needs(proxied, "update_session")
     scheme = connected(proxied)
-    carrier = scheme.pusher._carrier
+    carrier = scheme.pusher.link.carrier
     assert isinstance(carrier, Broadcast)
     carrier._probe()
     proxy.faults[ROUTE] = Fault(status=500, times=1)

@@ -22,8 +22,8 @@ from torchrl_sglang.errors import (
     WeightsError,
 )
 from torchrl_sglang.servers.threads import in_thread
-from torchrl_sglang.servers.together import Engines
 from torchrl_sglang.weights.carry.broadcast import Broadcast
+from torchrl_sglang.weights.targets import Targets
 
 PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 24, "ignore_eos": True}
@@ -232,13 +232,13 @@ def test_the_trainer_goes_on_while_weights_are_pushed(
 ) -> None:
     """What it changes meanwhile is not sent; requests wait for the weights of the push."""
     scheme = connected(config=WeightSyncConfig(non_blocking=True))
-    begin, may_begin = Engines.begin, threading.Event()
+    begin, may_begin = Targets.begin, threading.Event()
 
-    def begin_late(engines: Engines) -> None:
+    def begin_late(engines: Targets) -> None:
         assert may_begin.wait(20.0)
         begin(engines)
 
-    monkeypatch.setattr(Engines, "begin", begin_late)
+    monkeypatch.setattr(Targets, "begin", begin_late)
     perturb(model, seed=36)
     pushed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scheme.send(model)

@@ -34,8 +34,8 @@ from torchrl_sglang.launch.ports import wait_until_free
 from torchrl_sglang.launch.process import ChildProcess
 from torchrl_sglang.servers import health
 from torchrl_sglang.servers.members import Servers
-from torchrl_sglang.servers.together import Engines
 from torchrl_sglang.weights.carry.broadcast import Broadcast
+from torchrl_sglang.weights.targets import Targets
 
 
 def test_servers_of_others_are_not_started_again(attached: AsyncSGLang) -> None:
@@ -82,13 +82,13 @@ def test_an_adapter_push_has_no_base_weights() -> None:
 
 
 @pytest.fixture
-def engines(proxied: AsyncSGLang) -> Iterator[Engines]:
-    made = Engines(proxied.workers, proxied.cluster.infos, timeout_s=2.0)
+def engines(proxied: AsyncSGLang) -> Iterator[Targets]:
+    made = Targets(proxied.workers, proxied.cluster.infos, timeout_s=2.0)
     yield made
     made.close()
 
 
-def test_a_gpu_that_is_done_with_everything(engines: Engines, proxy: FaultProxy) -> None:
+def test_a_gpu_that_is_done_with_everything(engines: Targets, proxy: FaultProxy) -> None:
     engines.wait_for_gpus("init")
     assert [path for path, _ in proxy.seen] == ["/weights_checker"]
     for status in (400, 500):
@@ -96,14 +96,14 @@ def test_a_gpu_that_is_done_with_everything(engines: Engines, proxy: FaultProxy)
         engines.wait_for_gpus("init")  # it says no, but it says something
 
 
-def test_a_gpu_that_is_stuck(engines: Engines, proxy: FaultProxy) -> None:
+def test_a_gpu_that_is_stuck(engines: Targets, proxy: FaultProxy) -> None:
     proxy.faults["/weights_checker"] = Fault(delay_s=30.0)
     with pytest.raises(PushTimeoutError, match="has to be started again") as caught:
         engines.wait_for_gpus("init")
     assert (caught.value.engine, caught.value.step) == (proxy.url, "init")
 
 
-def test_an_engine_that_is_stuck_is_not_invited(engines: Engines, proxy: FaultProxy) -> None:
+def test_an_engine_that_is_stuck_is_not_invited(engines: Targets, proxy: FaultProxy) -> None:
     """Others would wait for it in the group's first broadcast, and be stuck as well."""
     proxy.faults["/weights_checker"] = Fault(delay_s=30.0)
     engines.infos = tuple(replace(info, device="cuda") for info in engines.infos)
@@ -120,7 +120,7 @@ def test_an_engine_that_is_stuck_is_not_invited(engines: Engines, proxy: FaultPr
     assert [path for path, _ in proxy.seen] == ["/weights_checker"]
 
 
-def test_a_server_that_can_not_be_asked(engines: Engines, proxy: FaultProxy) -> None:
+def test_a_server_that_can_not_be_asked(engines: Targets, proxy: FaultProxy) -> None:
     """An old one has no route that waits for the GPU."""
     [info] = engines.infos
     old = replace(info, capabilities=replace(info.capabilities, checksum=False))

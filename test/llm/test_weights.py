@@ -39,8 +39,8 @@ from torchrl_sglang.errors import (
     VerificationError,
     WeightsError,
 )
-from torchrl_sglang.servers.together import Engines
 from torchrl_sglang.weights.carry.broadcast import Broadcast
+from torchrl_sglang.weights.targets import Targets
 
 Connect = Callable[..., SGLangWeightSyncScheme]
 
@@ -178,9 +178,9 @@ def test_requests_posted_during_a_push(
     scheme = connected(config=WeightSyncConfig(pause_mode=pause_mode))
     perturb(model, seed=7)
     paused, results = threading.Event(), []
-    original = Engines.begin
+    original = Targets.begin
 
-    def begin_when_others_wait(engines: Engines) -> None:
+    def begin_when_others_wait(engines: Targets) -> None:
         paused.set()
         time.sleep(0.3)  # the others post into the pause
         original(engines)
@@ -189,7 +189,7 @@ def test_requests_posted_during_a_push(
         assert paused.wait(20.0)
         results.append(service.generate(PROMPTS, SAMPLING))
 
-    monkeypatch.setattr(Engines, "begin", begin_when_others_wait)
+    monkeypatch.setattr(Targets, "begin", begin_when_others_wait)
     thread = threading.Thread(target=generate)
     thread.start()
     scheme.send(model)

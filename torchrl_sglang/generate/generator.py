@@ -18,13 +18,14 @@ from ..errors import (
     EmptyBatchError,
     InputError,
     ServiceClosedError,
-    ServiceError,
     SGLangError,
 )
+from ..servers.control import ControlClient
 from ..servers.gate import ServiceState
 from ..servers.http import retried
 from ..servers.lora_versions import InUse, versioned
 from ..servers.members import Servers
+from ..servers.together import order_all
 from .admission import Admission, salt_of
 from .check import check_features, check_ids
 from .client import Batch, DataClient
@@ -265,15 +266,12 @@ class Generator:
         """
         _, data = self.data_plane()
         rids = [None] if rid is None else data.sent_rids(rid)
-        failures: list[ServiceError] = []
-        for worker in self._servers.workers:
-            try:
-                for one in rids:
-                    worker.abort(one)
-            except ServiceError as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
+
+        def abort(worker: ControlClient) -> None:
+            for one in rids:
+                worker.abort(one)
+
+        order_all(self._servers.workers, abort)
 
     def _prepare(self, batch: Sequence[GenerateRequest]) -> Batch:
         """Checks requests against the servers, then as `_admitted`."""

@@ -17,6 +17,7 @@ from ..errors import (
 from ..servers.control import ControlClient
 from ..servers.gate import ServiceState, UpdateGate
 from ..servers.health import REFUSAL_S, Looks, looks_of
+from ..servers.together import ask_all
 
 CHECK_S = 5.0  # between two looks at the servers while calls are under way
 SOON_S = 0.1
@@ -157,11 +158,10 @@ class Calls:
         workers, ours = self._workers(), ServiceState.UPDATING
         if self._gate.state is ours:
             return {}
-        asked = [asyncio.to_thread(looks_of, worker) for worker in workers]
-        answers = await asyncio.gather(*asked)
+        looks = (await asyncio.to_thread(ask_all, workers, looks_of)).given
         if self._gate.state is ours:
             return {}
-        return {worker.url: looks for worker, looks in zip(workers, answers, strict=True)}
+        return {worker.url: each for worker, each in looks.items()}
 
 
 class _Lasting:

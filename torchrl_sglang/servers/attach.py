@@ -9,7 +9,6 @@ import secrets
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +25,7 @@ from ..errors import (
 from .control import ControlClient
 from .http import path_hint
 from .info import WorkerInfo, parse_worker_info, parse_worker_urls
+from .together import order_all
 
 # How long a server is waited for that answers only once it is not paused any more.
 PAUSED_S = 3.0
@@ -197,8 +197,7 @@ class _Answer:
 
 def _ask(workers: Sequence[ControlClient]) -> dict[str, _Answer]:
     """Asks all servers at once; answers by URL, errors as in `attach`."""
-    with ThreadPoolExecutor(max(1, len(workers))) as pool:
-        answers = list(pool.map(_asked, workers))
+    answers = order_all(workers, _asked)
     return {worker.url: answer for worker, answer in zip(workers, answers, strict=True)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
 
 from ..errors import (
     HTTPAnswerError,
@@ -16,7 +15,7 @@ from ..errors import (
 from .attach import QUESTION
 from .control import ControlClient
 from .info import WorkerInfo
-from .threads import in_thread
+from .together import ask_all
 
 Ask = Callable[[ControlClient, float], None]
 
@@ -49,12 +48,10 @@ def lifeless(
 
 def silent_at(ask: Ask, workers: Sequence[ControlClient], timeout_s: float) -> list[str]:
     """URLs of the servers that answer nothing within ``timeout_s``, not even an error."""
-    asked = {
-        in_thread(lambda w=worker: _answers(w, ask, timeout_s), "torchrl_sglang-ask"): worker.url
-        for worker in workers
-    }
-    wait(asked, timeout_s + LAG_S)
-    return [url for answer, url in asked.items() if not (answer.done() and answer.result())]
+    answers = ask_all(
+        workers, lambda worker: _answers(worker, ask, timeout_s), within_s=timeout_s + LAG_S
+    )
+    return [worker.url for worker in workers if not answers.given.get(worker)]
 
 
 def needs_no_scheduler(worker: ControlClient, timeout_s: float) -> None:

@@ -102,8 +102,7 @@ def retried(call: Callable[[], T], within_s: float) -> T:
 
 def refusal(method: str, url: str, status: int, body: str) -> ServiceError:
     """The error for an HTTP status of 400 and above."""
-    said = _server_message(body)
-    message = f"{method} {url} answered {status}: {said}"
+    message = f"{method} {url} answered {status}: {server_message(body)}"
     if status in (401, 403):
         message += " (pass the server's api_key= and admin_api_key=)"
     # 408 and 429 ask for another try later, as 5xx do.
@@ -112,13 +111,15 @@ def refusal(method: str, url: str, status: int, body: str) -> ServiceError:
     return kind(message, status=status, body=body)
 
 
-def _server_message(body: str) -> str:
+def server_message(body: str) -> str:
     """The human part of an error body, in whichever of SGLang's shapes it comes."""
     try:
         answer = json.loads(body)
     except ValueError:
         return body.strip()[:2000] or "no message"
-    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    error = answer
+    if isinstance(answer, dict):
+        error = answer.get("error") or answer.get("error_message") or answer
     if isinstance(error, dict):
         return str(error.get("message") or error.get("detail") or error)[:2000]
     return str(error)[:2000]

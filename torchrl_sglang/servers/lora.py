@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import NoReturn, TypeVar
@@ -14,7 +12,6 @@ from typing import NoReturn, TypeVar
 from ..errors import (
     ConfigError,
     ConnectError,
-    HTTPAnswerError,
     InputError,
     RequestRefusedError,
     ResponseError,
@@ -22,8 +19,10 @@ from ..errors import (
     UnsupportedOptionError,
 )
 from .control import ControlClient
+from .http import server_message
 from .lora_folder import adapter_path
 from .lora_versions import AdapterVersions, versions_of
+from .together import ask_all, retold
 
 # How long the servers' list of adapters is believed, so that a batch asks for it but not each of
 # many small requests. Asking takes 1 ms per server.
@@ -99,11 +98,8 @@ class Adapters:
                 "choose another name."
             )
         body = {"lora_name": name, "lora_path": folder, "pinned": pinned}
-        _, failures = ask_all(
-            lambda worker: worker.load_adapter(body, timeout_s),
-            self._workers,
-        )
-        if failures:
+        answers = ask_all(self._workers, lambda worker: worker.load_adapter(body, timeout_s))
+        if failures := answers.failures:
             note = self._roll_back(name, failures, timeout_s)
             self._raise_failure(f"adapter {name!r} was not loaded", failures, note)
 
@@ -124,12 +120,12 @@ class Adapters:
         """
         _check_name(name)
         self._seen.pop(name, None)  # the servers may be waiting for requests for long
-        had_it, failures = ask_all(partial(unload, name, timeout_s), self._workers)
+        had_it = ask_all(self._workers, partial(unload, name, timeout_s))
         self._seen.pop(name, None)  # a check may have come in between
         self.versions.unloaded(name)
-        if failures:
+        if failures := had_it.failures:
             self._raise_failure(f"adapter {name!r} was not unloaded", failures, "call unload again")
-        if not any(had_it.values()):
+        if not any(had_it.given.values()):
             self._raise_disabled()
             names = list_of(self._registries().values())
             raise ConfigError(f"adapter {name!r} can't be unloaded: {names}")
@@ -183,25 +179,19 @@ class Adapters:
 
     # Requests
 
-    def _registries(self, *, skip_dead: bool = False) -> dict[ControlClient, frozenset[str]]:
+    def _registries(self, *, skip_dead: bool = False) -> Mapping[ControlClient, frozenset[str]]:
         """The adapters that each server has.
 
         Args:
             skip_dead: leave out servers at whose address nothing listens (a router sends them
                 nothing either), unless that is all of them.
         """
-        found: dict[ControlClient, frozenset[str]] = {}
-        dead: ConnectError | None = None
-        for worker in self._workers:
-            try:
-                found[worker] = registered(worker)
-            except ConnectError as error:
-                if not skip_dead:
-                    raise
-                dead = error
-        if dead is not None and not found:
-            raise dead
-        return found
+        answers = ask_all(self._workers, registered)
+        dead = [*answers.failures.values()]
+        if skip_dead and answers.given and all(isinstance(each, ConnectError) for each in dead):
+            return answers.given
+        answers.all()
+        return answers.given
 
     def _roll_back(self, name: str, failures: Failures, timeout_s: float | None) -> str:
         """Unloads what a failed load may have loaded; says what is left.
@@ -209,8 +199,7 @@ class Adapters:
         A server that did not answer may have loaded it all the same; one that refused has not.
         """
         loaded = [w for w in self._workers if not isinstance(failures.get(w), RequestRefusedError)]
-        _, left = ask_all(partial(unload, name, timeout_s), loaded)
-        if left:
+        if left := ask_all(loaded, partial(unload, name, timeout_s)).failures:
             urls = ", ".join(worker.url for worker in left)
             return f"{urls} may have it now: call unload({name!r}) once it answers"
         return "no server has it"
@@ -221,9 +210,7 @@ class Adapters:
         worker, error = next(iter(failures.items()))
         others = [f"{other.url} failed too" for other in failures if other is not worker]
         message = "; ".join([f"{what}: {worker.url} says: {said(error)}", *others, note])
-        if isinstance(error, HTTPAnswerError):
-            raise type(error)(message, status=error.status, body=error.body) from error
-        raise type(error)(message) from error
+        raise retold(error, message) from error
 
     def _raise_disabled(self) -> None:
         """Raises if it is the servers' options that rule out adapters; asked only after a no."""
@@ -272,22 +259,6 @@ def unload(name: str, timeout_s: float | None, worker: ControlClient) -> bool:
     return True
 
 
-def ask_all(
-    call: Callable[[ControlClient], T], workers: Sequence[ControlClient]
-) -> tuple[dict[ControlClient, T], dict[ControlClient, ServiceError]]:
-    """Calls for all workers at once: the answers, and the errors of those that failed."""
-    answers: dict[ControlClient, T] = {}
-    errors: dict[ControlClient, ServiceError] = {}
-    with ThreadPoolExecutor(max(1, len(workers))) as pool:
-        futures = {worker: pool.submit(call, worker) for worker in workers}
-        for worker, future in futures.items():
-            try:
-                answers[worker] = future.result()
-            except ServiceError as error:
-                errors[worker] = error
-    return answers, errors
-
-
 def list_of(registries: Iterable[frozenset[str]]) -> str:
     """What all of some servers have, in words."""
     names = sorted(frozenset.intersection(*registries))
@@ -295,9 +266,6 @@ def list_of(registries: Iterable[frozenset[str]]) -> str:
 
 
 def said(error: ServiceError) -> str:
-    """SGLang's own words, which for adapters are in a field of their own."""
-    try:
-        words = json.loads(getattr(error, "body", "")).get("error_message")
-    except (ValueError, AttributeError):
-        words = None
-    return str(words or error)
+    """The server's own words, where it said any."""
+    body = getattr(error, "body", "")
+    return server_message(body) if body else str(error)

@@ -32,12 +32,12 @@ from .control import ControlClient
 from .gate import ServiceState, UpdateGate
 from .health import is_paused, lifeless
 from .hosts import local_address
-from .info import INITIAL_VERSION, WorkerInfo
+from .info import WorkerInfo
 from .lora import Adapters
 from .lora_versions import AdapterVersions
 from .threads import in_thread
-from .together import watch
-from .versions import ASK_S, KnownVersions, answered, ask_versions
+from .together import ask_all, order_all, push_error
+from .versions import KnownVersions, ask_versions, version_of
 
 RESTART = "restart"  # the step that errors name
 
@@ -164,7 +164,7 @@ class Servers:
         cluster = self._cluster
         if cluster is None or not cluster.paused or self.versions.pushed is not None:
             return False
-        if any(is_paused(worker) for worker in cluster.workers):
+        if any(ask_all(cluster.workers, is_paused).given.values()):
             return True
         with self._lock:
             if self._cluster is cluster:
@@ -213,8 +213,7 @@ class Servers:
             return str(self.versions.pushed)
         if self.lost:
             self.recover()
-        answer = self.workers[0].model_info()
-        version = str(answer.get("weight_version", INITIAL_VERSION))
+        version = version_of(self.workers[0])
         self.versions.saw([version])
         return version
 
@@ -228,11 +227,12 @@ class Servers:
         Raises:
             PushError: none answers, and this process did not start them.
         """
-        asked = ask_versions(self.cluster.workers)
-        answers = answered(asked).values()
-        if not answers and not self.managed:  # a push can start those again
-            watch(asked, step="ask", timeout_s=ASK_S)
-        return max([self.versions.known, *(int(a) for a in answers if a.isdecimal())])
+        answers = ask_versions(self.cluster.workers)
+        if not answers.given and not self.managed:  # a push can start those again
+            server, error = next(iter(answers.failures.items()))
+            raise push_error(error, "ask", server.url)
+        told = [int(version) for version in answers.given.values() if version.isdecimal()]
+        return max([self.versions.known, *told])
 
     # Who joins and leaves
 
@@ -394,17 +394,16 @@ class Servers:
             self.refresh()
 
     def _go_on(self) -> None:
-        for worker in self.cluster.workers:
-            if worker.url in self._unrouted:
-                worker.resume()
+        joining = [worker for worker in self.cluster.workers if worker.url in self._unrouted]
+        order_all(joining, ControlClient.resume)
         if not self.versions.adapters_only:  # else the next push brings the adapter
             self.rejoin()
 
     def _ask_versions(self) -> dict[str, str]:
         """Version of every server that answers, by URL; they are taken note of."""
-        versions = answered(ask_versions(self.cluster.workers))
-        self.versions.saw(versions.values())
-        return versions
+        answers = ask_versions(self.cluster.workers).given
+        self.versions.saw(answers.values())
+        return {server.url: version for server, version in answers.items()}
 
     def _left_behind(self) -> EngineLostError | None:
         """Why a server that was started again must not generate yet; None if it may."""

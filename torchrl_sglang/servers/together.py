@@ -1,4 +1,10 @@
-"""Orders to every server of a service at once, over connections that stay open."""
+"""Asks something of many servers at once; each function is one rule for those that fail.
+
+- `ask_all`: a server that fails, or is late, keeps no other's answer back.
+- `order_all`: every server has the order, and then the first failure is raised.
+- `tell_all`: nobody waits for an answer.
+- `watch`: the first failure ends the wait at once; `Courier`s carry such orders.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +14,101 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..errors import (
     ConnectError,
+    HTTPAnswerError,
     PushError,
     PushTimeoutError,
-    RequestRefusedError,
+    RequestTimeoutError,
     ServerFailedError,
     ServiceError,
     SGLangError,
 )
 from .control import ControlClient
-from .health import waits_for_gpu
-from .info import WorkerInfo
+from .threads import in_thread
 
-Call = Callable[[ControlClient], Any]
+T = TypeVar("T")
+Order = Callable[[ControlClient], T]
 
-# How long a session that somebody else opened is waited for, before it is taken for a dead one's.
-TAKE_OVER_S = 1.0
-TAKE_OVER_POLL_S = 0.05
+
+@dataclass(frozen=True)
+class Answers(Generic[T]):
+    """What servers answered, in the order in which they were named.
+
+    Attributes:
+        given: the answers.
+        failures: the errors of those that gave none.
+    """
+
+    given: Mapping[ControlClient, T]
+    failures: Mapping[ControlClient, ServiceError]
+
+    def all(self) -> list[T]:
+        """Every answer.
+
+        Raises:
+            ServiceError: the first that failed; names the others that did.
+        """
+        for error in self.failures.values():
+            _, *others = [server.url for server in self.failures]
+            if others:
+                raise retold(error, f"{error}; {', '.join(others)} failed too") from error
+            raise error
+        return [*self.given.values()]
+
+
+E = TypeVar("E", bound=ServiceError)
+
+
+def retold(error: E, message: str) -> E:
+    """The same error in other words."""
+    if isinstance(error, HTTPAnswerError):
+        return type(error)(message, status=error.status, body=error.body)
+    return type(error)(message)
+
+
+def ask_all(
+    servers: Sequence[ControlClient], order: Order[T], *, within_s: float | None = None
+) -> Answers[T]:
+    """Asks all servers at once and waits for every one of them.
+
+    Args:
+        servers: who is asked.
+        order: asks one; a `ServiceError` is its failure, anything else is raised.
+        within_s: bound on waiting for all; None where each answer has one. Who is late has failed.
+    """
+    asked = {s: in_thread(partial(order, s), "torchrl_sglang-ask") for s in servers}
+    wait(asked.values(), within_s)
+    given: dict[ControlClient, T] = {}
+    failures: dict[ControlClient, ServiceError] = {}
+    for server, answer in asked.items():
+        if not answer.done():
+            failures[server] = RequestTimeoutError(f"no answer within {within_s:g} s")
+            continue
+        try:
+            given[server] = answer.result()
+        except ServiceError as error:
+            failures[server] = error
+    return Answers(given, failures)
+
+
+def order_all(servers: Sequence[ControlClient], order: Order[T]) -> list[T]:
+    """Gives all servers an order at once; what each answers.
+
+    Raises:
+        ServiceError: the first that failed; the others have the order all the same.
+    """
+    return ask_all(servers, order).all()
+
+
+def tell_all(servers: Sequence[ControlClient], order: Order[Any]) -> None:
+    """Gives all servers an order whose answers nothing waits for."""
+    for server in servers:
+        in_thread(partial(order, server), "torchrl_sglang-tell")
 
 
 class Courier:
@@ -40,7 +120,7 @@ class Courier:
 
     def __init__(self, worker: ControlClient) -> None:
         self.url = worker.url
-        self._orders: queue.SimpleQueue[tuple[Call, Future[Any]] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[tuple[Order[Any], Future[Any]] | None] = queue.SimpleQueue()
         threading.Thread(
             target=_carry_out,
             args=(worker, self._orders),
@@ -49,7 +129,7 @@ class Courier:
         ).start()
         self._end = weakref.finalize(self, self._orders.put, None)
 
-    def send(self, call: Call) -> Future[Any]:
+    def send(self, call: Order[Any]) -> Future[Any]:
         """Queues a call."""
         future: Future[Any] = Future()
         self._orders.put((call, future))
@@ -61,7 +141,7 @@ class Courier:
 
 
 def _carry_out(
-    worker: ControlClient, orders: queue.SimpleQueue[tuple[Call, Future[Any]] | None]
+    worker: ControlClient, orders: queue.SimpleQueue[tuple[Order[Any], Future[Any]] | None]
 ) -> None:
     while (order := orders.get()) is not None:
         call, future = order
@@ -70,176 +150,6 @@ def _carry_out(
         except BaseException as error:  # noqa: BLE001
             future.set_exception(error)
         del order, call, future
-
-
-def _begin(timeout_s: float, worker: ControlClient) -> None:
-    deadline, waited = time.monotonic() + TAKE_OVER_S, False
-    while not _opens(timeout_s, worker):
-        waited = True
-        if time.monotonic() > deadline:
-            worker.end(timeout_s)
-            worker.begin(timeout_s)
-            return
-        time.sleep(TAKE_OVER_POLL_S)
-    if waited:
-        # Its trainer goes on with the version and lets the server go, in the middle of this push.
-        worker.end(timeout_s)
-        raise ServiceError(
-            "another process was pushing to this server: one trainer at a time can, and its push "
-            "and this one may both be incomplete. Push again once the other has stopped."
-        )
-
-
-def _opens(timeout_s: float, worker: ControlClient) -> bool:
-    try:
-        worker.begin(timeout_s)
-    except RequestRefusedError:
-        return False
-    return True
-
-
-class Engines:
-    """The servers that a push goes to.
-
-    Args:
-        workers: a client per server.
-        infos: what each says of itself, in the same order.
-        timeout_s: bound on one order.
-        step_s: bound on one of those that take milliseconds; the same by default.
-    """
-
-    def __init__(
-        self,
-        workers: Sequence[ControlClient],
-        infos: Sequence[WorkerInfo],
-        timeout_s: float,
-        step_s: float | None = None,
-    ) -> None:
-        self.workers = tuple(workers)
-        self.infos = tuple(infos)
-        self.timeout_s = timeout_s
-        self.step_s = min(timeout_s, step_s or timeout_s)
-        self._couriers: list[Courier] = []
-
-    @property
-    def has_session(self) -> bool:
-        """Whether updates go between begin and end."""
-        return all(info.capabilities.update_session for info in self.infos)
-
-    @property
-    def has_salts(self) -> bool:
-        """Whether requests can be kept from prefixes of other weights."""
-        return all(info.capabilities.cache_salt for info in self.infos)
-
-    def ask(self, call: Call) -> dict[Future[Any], str | None]:
-        """Makes a call to every server; the answers, and whose each is."""
-        if not self._couriers:
-            self._couriers = [Courier(worker) for worker in self.workers]
-        return {courier.send(call): courier.url for courier in self._couriers}
-
-    def do(self, step: str, call: Call, timeout_s: float | None = None) -> None:
-        """Makes a call to every server and waits for all.
-
-        Raises:
-            PushError: the first that failed; names the step and the engine.
-        """
-        watch(self.ask(call), step=step, timeout_s=timeout_s or self.timeout_s)
-
-    def collect(self, step: str, call: Call, timeout_s: float | None = None) -> list[Any]:
-        """What every server answers to a call, in the servers' order; errors as in `do`."""
-        asked = self.ask(call)
-        watch(asked, step=step, timeout_s=timeout_s or self.timeout_s)
-        return [answer.result() for answer in asked]
-
-    def pause(self, step: str, mode: str) -> None:
-        """Pauses every server; errors as in `do`, under the name of a step."""
-        self.do(step, lambda worker: worker.pause(mode, self.step_s), self.step_s)
-
-    def resume(self) -> None:
-        """Has every server go on; errors as in `do`."""
-        self.do("continue", lambda worker: worker.resume(self.step_s), self.step_s)
-
-    def check_allowed(self, method: str) -> None:
-        """Finds out whether servers let this process carry weights so, see `ControlClient`.
-
-        Raises:
-            PushError: a server refuses the key, or has no such route.
-        """
-        self.do("connect", lambda w: w.check_allowed(method, self.step_s), self.step_s)
-
-    def begin(self) -> None:
-        """Opens an update session where servers have them; errors as in `do`.
-
-        One that a trainer left open when it died is taken over. It looks like that of a trainer
-        which pushes in this moment, but that one ends its session soon.
-
-        Raises:
-            PushError: also where another process has pushed meanwhile.
-        """
-        if self.has_session:
-            self.do("begin", partial(_begin, self.step_s), self.step_s + TAKE_OVER_S)
-
-    def end(self, timeout_s: float | None = None) -> None:
-        """Closes the update session; errors as in `do`."""
-        within_s = timeout_s or self.timeout_s
-        if self.has_session:
-            self.do("end", lambda worker: worker.end(within_s), within_s)
-
-    def flush(self) -> bool:
-        """Empties the prefix caches of paused servers; whether all are empty now.
-
-        Servers before 0.5.23 refuse it while retracted requests wait, which they do until the push
-        is over. The salts then keep requests of the new version away from old prefixes.
-
-        Raises:
-            PushError: a server failed, or refused where it should not.
-        """
-        may_refuse = self.has_salts and not self.has_session
-        refused: list[str] = []
-
-        def flush(worker: ControlClient) -> None:
-            try:
-                worker.flush(self.step_s)
-            except RequestRefusedError:
-                if not may_refuse:
-                    raise
-                refused.append(worker.url)
-
-        self.do("flush", flush, self.step_s)
-        return not refused
-
-    def wait_for_gpus(self, step: str) -> None:
-        """Returns once every GPU is done with what it was given, where servers tell.
-
-        One that is stuck in a broadcast takes part in new groups, and does nothing of what comes
-        after: it is found out here, or by whatever waits for it next.
-
-        Raises:
-            PushError: a server failed, or did not get done in time.
-        """
-        if not all(info.capabilities.checksum for info in self.infos):
-            return
-        try:
-            self.do(step, lambda worker: waits_for_gpu(worker, self.timeout_s))
-        except PushTimeoutError as error:
-            raise PushTimeoutError(
-                f"its GPU did not get done within {self.timeout_s:g} s with what it was given "
-                "before. If it is stuck, as in the broadcast of a trainer that died, it has to be "
-                "started again: connecting and repairing do so, where this process started it.",
-                step=step,
-                engine=error.engine,
-            ) from error
-
-    def set_version(self, version: int) -> None:
-        """Tells every server the number of its weights; errors as in `do`."""
-        number, step_s = str(version), self.step_s
-        self.do("version", lambda worker: worker.set_version(number, step_s), step_s)
-
-    def close(self) -> None:
-        """Lets go of the threads; one that hangs in a call is left behind. Harmless twice."""
-        couriers, self._couriers = self._couriers, []
-        for courier in couriers:
-            courier.close()
 
 
 # How long an engine's answer may lag behind the broken broadcast that it explains.

@@ -1,39 +1,24 @@
-"""Which weights servers run, by asking them all at once."""
+"""What is known of the weights that servers run: told by them, or pushed from here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, wait
+from collections.abc import Iterable, Sequence
 
 from .control import ControlClient
 from .info import INITIAL_VERSION
-from .threads import in_thread
+from .together import Answers, ask_all
 
-ASK_S = 2.0
-
-
-def ask_versions(workers: Iterable[ControlClient]) -> dict[Future[str], str]:
-    """Asks servers for the version of their weights; the answers, and whose URL each is.
-
-    Takes two times `ASK_S` at most. An answer that did not come by then does not count.
-    """
-
-    def ask(worker: ControlClient) -> str:
-        answer = worker.model_info(ASK_S)
-        return str(answer.get("weight_version", INITIAL_VERSION))
-
-    asked = {in_thread(lambda w=w: ask(w), "torchrl_sglang-ask"): w.url for w in workers}
-    wait(asked, 2 * ASK_S)
-    return asked
+VERSION_S = 2.0  # one server's answer
 
 
-def answered(asked: Mapping[Future[str], str]) -> dict[str, str]:
-    """The versions of those that answered, by URL."""
-    return {
-        url: answer.result()
-        for answer, url in asked.items()
-        if answer.done() and answer.exception() is None
-    }
+def ask_versions(servers: Sequence[ControlClient]) -> Answers[str]:
+    """Asks servers for the version of their weights; takes two times `VERSION_S` at most."""
+    return ask_all(servers, lambda server: version_of(server, VERSION_S), within_s=2 * VERSION_S)
+
+
+def version_of(server: ControlClient, timeout_s: float | None = None) -> str:
+    """What one server says that it runs."""
+    return str(server.model_info(timeout_s).get("weight_version", INITIAL_VERSION))
 
 
 class KnownVersions:

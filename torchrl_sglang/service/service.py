@@ -26,6 +26,7 @@ from ..servers.info import WorkerInfo
 from ..servers.lora import Adapters
 from ..servers.members import Servers
 from ..servers.start import check_way, start_managed
+from ..servers.together import order_all
 from ..weights.direct import DirectSync
 from .engine import RLSGLangEngine
 from .local import Local
@@ -403,10 +404,10 @@ class AsyncSGLang(RLSGLangEngine):
         """Empties the prefix cache of every server; returns True once all are empty.
 
         Raises:
-            ServiceError: a server refused; SGLang does so while requests are in flight.
+            ServiceError: a server refused, as SGLang does while requests are in flight; the others
+                were emptied.
         """
-        for worker in self.servers.workers:
-            worker.flush()
+        order_all(self.servers.workers, ControlClient.flush)
         return True
 
     # Weights, as TorchRL's recipes push them

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from torch import nn
 from torchrl.collectors.weight_update import WeightUpdaterBase
 
+from ..config import WeightSyncConfig
 from ..errors import NotConnectedError
 from ..service.service import AsyncSGLang
-from ..weights.push import WeightPusher
+from ..weights.push import Pusher
 from ..weights.result import PushResult
 from .counters import bring_up
 
@@ -24,6 +25,7 @@ RECEIVERS = (
 class Sync(Protocol):
     """What the faces ask of a weight sync; `SGLangWeightSyncScheme` is one."""
 
+    config: WeightSyncConfig
     context: Any
     collectors: list[Any]
     model_path: str | None
@@ -34,7 +36,7 @@ class Sync(Protocol):
         """The servers."""
 
     @property
-    def pusher(self) -> WeightPusher:
+    def pusher(self) -> Pusher:
         """What pushes to them."""
 
     def check_process(self) -> None:

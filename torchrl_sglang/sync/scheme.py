@@ -1,4 +1,4 @@
-"""`SGLangWeightSyncScheme`: TorchRL's weight-sync contract over a `WeightPusher`."""
+"""`SGLangWeightSyncScheme`: TorchRL's weight-sync contract over a `Pusher`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..config import PauseMode, WeightSyncConfig
 from ..errors import ConfigError, NotConnectedError
 from ..service.service import AsyncSGLang, find_service
 from ..weights.buckets import count_ranks, plan_ranks
+from ..weights.connection import Link
 from ..weights.lora.push import AdapterPusher
-from ..weights.push import WeightPusher, abandon_with
+from ..weights.push import FullPusher, Pusher, abandon_with
 from ..weights.result import PushResult
 from ..weights.source.named import taken_in
 from ..weights.source.sharded import leading
@@ -125,7 +126,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             "device": device,
         }
         self._service: AsyncSGLang | None = None
-        self._pusher: WeightPusher | None = None
+        self._pusher: Pusher | None = None
         self._registered: nn.Module | None = None
         self._num_workers = 1
         self._left = ""  # why it does not connect by itself any more
@@ -157,10 +158,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         num_ranks = count_ranks(infos)
         if self._num_gpus not in (None, num_ranks, service.get_tp_size() * service.get_dp_size()):
             raise ConfigError(f"num_gpus={self._num_gpus}, but the servers have {num_ranks} ranks.")
-        make = AdapterPusher if self.config.method == "lora" else WeightPusher
-        self._pusher = make(
-            service.servers, config=self.config, model_path=self.model_path, **self._where
-        )
+        link = Link(service.servers, config=self.config, model_path=self.model_path, **self._where)
+        self._pusher = AdapterPusher(link) if self.config.method == "lora" else FullPusher(link)
         self._service = service
         abandon_with(self, self._pusher)
 
@@ -183,7 +182,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         return self._service
 
     @property
-    def pusher(self) -> WeightPusher:
+    def pusher(self) -> Pusher:
         """What pushes to them; errors as of `service`."""
         if self._pusher is None:
             raise NotConnectedError(NO_SERVERS)
@@ -373,6 +372,8 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
         """
         self._connect_first()
         check_label(label)
+        if partial and self.config.method == "lora":
+            raise ConfigError("method='lora' pushes whole adapters: leave partial=True out.")
         source = taken_in(weights if weights is not None else self._registered)
         with self._lock, leading(source):
             self.wait()  # the servers tell the version of the push before only when it is over
@@ -382,10 +383,12 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             )
             reference = source if isinstance(source, nn.Module) else self._registered
             self.service.servers.versions.set_label(number, label)
-            how: dict[str, Any] = {"version": number, "reference": reference, "partial": partial}
-            if self.pusher.config.non_blocking:
+            how: dict[str, Any] = {"version": number, "reference": reference}
+            if partial:
+                how["partial"] = True
+            done = None
+            if isinstance(self.pusher, FullPusher) and self.config.non_blocking:
                 self.pusher.push_later(source, keeping=self, **how)
-                done = None
             else:
                 self.last_push = done = self._labelled(self.pusher.push(source, **how))
             bring_up(collector, number - 1)

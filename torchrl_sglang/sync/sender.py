@@ -177,7 +177,7 @@ class SGLangWeightSender:
         for given in (vllm_engine, engine):
             if given is not None:
                 self._scheme.push_to(given)
-        if self._scheme.pusher.config.method != "lora":
+        if self._scheme.config.method != "lora":
             path = self._scheme.model_path or self._scheme.service.model_path
             check_metadata(model_metadata, expected_model(path))
         self._scheme.connect()

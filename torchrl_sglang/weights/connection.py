@@ -1,34 +1,34 @@
-"""The connection of a trainer to a service's servers, made anew where it was lost."""
+"""Links a trainer to the servers of a service, in one of three ways; anew where it was lost."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from ..config import SyncMethod, Timeouts, WeightSyncConfig
-from ..errors import ConfigError, EngineLostError, PushError
+from ..errors import ConfigError, EngineLostError
 from ..servers.control import ControlClient
-from ..servers.gate import ServiceState
 from ..servers.hosts import is_here
 from ..servers.info import WorkerInfo
 from ..servers.members import Servers
-from ..servers.together import Engines
 from .carry.broadcast import Broadcast, sending_device
 from .carry.carrier import Carrier
 from .carry.disk import DiskCarrier
 from .carry.memory import TensorCarrier
 from .carry.payload import Layout
+from .targets import Targets
 
 
-class Connection:
-    """Joins the trainer and all servers of a service, in the way that the weights take.
+class Link:
+    """Joins the trainer and all servers of a service, in the way that weights take.
+
+    Not safe to use from several threads; the pushers have a lock around it.
 
     Args:
-        servers: whom it pushes to.
+        servers: whom weights go to.
         config: how to push.
         master_address: address at which the servers reach this process.
         master_port: port of the rendezvous; a free one by default.
@@ -36,7 +36,12 @@ class Connection:
         model_path: where the served model's config is, if not where the servers have it.
 
     Attributes:
-        config: how to push.
+        servers, config: as given.
+        targets: the servers, once orders go to them; None before, and after a failure.
+        carrier: what takes weights there, likewise.
+        choice: which way that is, and why.
+        sending_device: the device that broadcasts.
+        verified: whether a push over this link was verified.
 
     Raises:
         ConfigError: servers are to be started again that this process did not start.
@@ -52,7 +57,7 @@ class Connection:
         device: torch.device | str | int | None = None,
         model_path: str | None = None,
     ) -> None:
-        self._servers = servers
+        self.servers = servers
         self.config = config or WeightSyncConfig()
         if self.config.lost_engines == "restart" and not servers.managed:
             raise ConfigError(
@@ -63,106 +68,106 @@ class Connection:
         self._master_port = master_port
         self._device = device
         self._model_path = model_path
-        self._engines: Engines | None = None
-        self._carrier: Carrier | None = None
-        self._choice: Choice | None = None
-        self._sending_device = torch.device("cpu")
-        self._connected = False
-        self._verified = False
-        self._lock = threading.Lock()
+        self.targets: Targets | None = None
+        self.carrier: Carrier | None = None
+        self.choice: Choice | None = None
+        self.sending_device = torch.device("cpu")
+        self.verified = False
 
-    def connect(self) -> None:
+    def find_device(self) -> None:
+        """Finds out the sending device: in the caller's thread, whose current GPU is meant."""
+        self.sending_device = sending_device(self.infos[0].device, self._device)
+
+    def join(self) -> None:
         """Joins the trainer and all ranks of all servers into one group.
 
         Raises:
             TopologyError: a server can't take part.
             PushError: a server refused or did not come.
         """
-        with self._lock:
-            # Found out in the caller's thread: another one's current GPU may be another.
-            self._sending_device = sending_device(self._infos[0].device, self._device)
-            if self._servers.state is ServiceState.BROKEN:
-                self._restart_lifeless()
-            try:
-                self._connect()
-            except PushError:
-                if not self._restart_lifeless():
-                    raise
-                self._connect()
-            self._connected = True
-
-    def _restart_lifeless(self) -> bool:
-        urls = self._servers.lifeless()
-        if urls:
-            self._servers.restart(urls)
-        return bool(urls)
-
-    def _connect(self) -> None:
-        self._drop()
-        timeouts, device = self._servers.timeouts, self._sending_device
-        self._engines = Engines(self._workers, self._infos, timeouts.control_s, timeouts.step_s)
-        self._choice = choose_method(self.config.method, self._infos, device)
-        self._carrier = make_carrier(
-            self._choice,
-            self._engines,
+        timeouts, device = self.servers.timeouts, self.sending_device
+        targets = self.reach()
+        self.choice = choose_method(self.config.method, self.infos, device)
+        self.carrier = make_carrier(
+            self.choice,
+            targets,
             device=device,
-            address=self._master_address or self._servers.master_address,
+            address=self._master_address or self.servers.master_address,
             port=self._master_port,
             layout=self.config.layout,
             folder=self.config.folder,
             model_path=self.model_path,
             timeouts=timeouts,
-            owner=self._servers,
+            owner=self.servers,
         )
         # A wrong key is known before anything is begun.
-        self._engines.check_allowed(self._carrier.order)
-        self._carrier.connect()
+        targets.check_allowed(self.carrier.order)
+        self.carrier.connect()
 
-    def abandon(self) -> None:
-        """Leaves the group without waiting for anybody, servers included."""
-        self._connected = False
-        self._drop()
+    def reach(self) -> Targets:
+        """The servers, over new connections: for orders, without a group."""
+        self.drop()
+        timeouts = self.servers.timeouts
+        self.targets = Targets(self.workers, self.infos, timeouts.control_s, timeouts.step_s)
+        return self.targets
 
-    def _leave(self) -> None:
-        carrier, engines = self._carrier, self._engines
-        self._carrier = self._engines = None
-        self._verified = False
+    @property
+    def reaches_all(self) -> bool:
+        """Whether it reaches the servers of now, and no others."""
+        return self.targets is not None and self.targets.workers == self.workers
+
+    def leave_if_changed(self) -> None:
+        """Lets go where servers joined or left since."""
+        if self.targets is None or self.reaches_all:
+            return
+        # One that is gone can't leave a group in order with the others.
+        gone = not {*self.targets.workers} <= {*self.workers}
+        self.drop() if gone else self.leave()
+
+    def leave(self) -> None:
+        """Leaves the group in order, on both sides; harmless without one."""
+        self._let_go(Carrier.close)
+
+    def drop(self) -> None:
+        """Leaves without waiting for anybody: after a failure the group can't be trusted."""
+        self._let_go(Carrier.drop)
+
+    def _let_go(self, end: Callable[[Carrier], None]) -> None:
+        carrier, targets = self.carrier, self.targets
+        self.carrier = self.targets = None
+        self.verified = False
         if carrier is not None:
-            carrier.close()
-        if engines is not None:
-            engines.close()
+            end(carrier)
+        if targets is not None:
+            targets.close()
 
-    def _drop(self) -> None:
-        """After a failure the group can't be trusted: the next push makes a new one."""
-        carrier, engines = self._carrier, self._engines
-        self._carrier = self._engines = None
-        self._verified = False
-        if carrier is not None:
-            carrier.drop()
-        if engines is not None:
-            engines.close()
+    @property
+    def verifies(self) -> bool:
+        """Whether the next push over it is to be verified."""
+        verify = self.config.verify
+        return verify == "always" or (verify == "first" and not self.verified)
 
-    def _goes_on_without(self, error: EngineLostError) -> bool:
+    def goes_on_without(self, error: EngineLostError) -> bool:
         """Whether the user allows that the engine is left out, and others are left."""
-        known = any(worker.url == error.engine for worker in self._workers)
-        return self.config.lost_engines == "drop" and known and len(self._workers) > 1
+        known = any(worker.url == error.engine for worker in self.workers)
+        return self.config.lost_engines == "drop" and known and len(self.workers) > 1
 
     # What is pushed to
 
     @property
     def model_path(self) -> str:
         """Where the served model's config is."""
-        return self._model_path or self._servers.model_path
+        return self._model_path or self.servers.model_path
 
     @property
-    def _workers(self) -> Sequence[ControlClient]:
-        workers: Sequence[ControlClient] = self._servers.cluster.workers
-        return workers
+    def workers(self) -> tuple[ControlClient, ...]:
+        """The servers of now."""
+        return self.servers.cluster.workers
 
     @property
-    def _infos(self) -> Sequence[WorkerInfo]:
-        infos: Sequence[WorkerInfo] = self._servers.cluster.infos
-        return infos
+    def infos(self) -> tuple[WorkerInfo, ...]:
+        """What they say of themselves."""
+        return self.servers.cluster.infos
 
 
 FullMethod = Literal["broadcast", "tensor", "disk"]
@@ -214,7 +219,7 @@ def choose_method(method: SyncMethod, infos: Sequence[WorkerInfo], device: torch
 
 def make_carrier(
     choice: Choice,
-    engines: Engines,
+    targets: Targets,
     *,
     device: torch.device,
     address: str,
@@ -229,11 +234,11 @@ def make_carrier(
     match choice.method:
         case "broadcast":
             return Broadcast(
-                engines, address=address, port=port, device=device, layout=layout, timeouts=timeouts
+                targets, address=address, port=port, device=device, layout=layout, timeouts=timeouts
             )
         case "tensor":
-            return TensorCarrier(engines, device=device, timeouts=timeouts)
+            return TensorCarrier(targets, device=device, timeouts=timeouts)
         case "disk":
             return DiskCarrier(
-                engines, folder=folder, model_path=model_path, timeouts=timeouts, owner=owner
+                targets, folder=folder, model_path=model_path, timeouts=timeouts, owner=owner
             )

@@ -11,7 +11,8 @@ import torch
 from ..errors import NotConnectedError, UnsupportedOptionError
 from ..launch.ports import PortReservation
 from ..servers.members import Servers
-from .push import WeightPusher, abandon_with
+from .connection import Link
+from .push import FullPusher, abandon_with
 from .source.expected import expected_parameters
 from .source.named import taken_in
 from .source.sharded import leading
@@ -29,7 +30,7 @@ class DirectSync:
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
         self._master_port: int | None = None
-        self._pusher: WeightPusher | None = None
+        self._pusher: FullPusher | None = None
         self._abandon: weakref.finalize[..., object] | None = None
         self._left = NOT_JOINED
 
@@ -69,7 +70,9 @@ class DirectSync:
             PushError: a server refused or did not come.
         """
         self.close_weight_update_group()
-        pusher = WeightPusher(self._servers, master_address=master_address, master_port=master_port)
+        pusher = FullPusher(
+            Link(self._servers, master_address=master_address, master_port=master_port)
+        )
         self._servers.gate.take(self)
         self._pusher, self._left = pusher, NOT_JOINED  # so that it gives no way while it joins
         self._abandon = abandon_with(self, pusher)

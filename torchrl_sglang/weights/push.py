@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -26,29 +27,106 @@ from ..errors import (
 from ..servers.gate import ServiceState
 from ..servers.members import Servers
 from ..servers.threads import in_thread
-from ..servers.together import Engines
 from .carry.carrier import Carrier
-from .connection import Connection
+from .connection import Link
 from .plan import Plan, make_plan
 from .repair import after_failure, forget_frames
 from .result import Course, PushResult, StepTimer
 from .source.expected import expected_model
 from .source.lazy import LazyWeights
 from .streams import handed_over
+from .targets import Targets
 
 
-class WeightPusher(Connection):
-    """Pushes whole models into every server of a service; arguments as in `Connection`."""
+class Pusher(Protocol):
+    """What brings something of the trainer's into all servers."""
 
-    def __init__(self, servers: Servers, **kwargs: Any) -> None:
-        super().__init__(servers, **kwargs)
+    @property
+    def config(self) -> WeightSyncConfig:
+        """How it pushes."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is in the middle of a push, or of joining."""
+
+    def connect(self) -> None:
+        """Makes ready for pushes."""
+
+    def push(
+        self, source: Any, *, version: int | None = None, reference: nn.Module | None = None
+    ) -> PushResult:
+        """Pushes, and returns once every server runs it."""
+
+    def wait(self) -> PushResult | None:
+        """Waits for a push that is under way by itself; raises what it raised, once."""
+
+    def close(self) -> None:
+        """Lets go of the servers; harmless twice."""
+
+    def abandon(self) -> None:
+        """Lets go without waiting for anybody."""
+
+
+class FullPusher:
+    """Pushes whole models into every server of a service.
+
+    Args:
+        link: to the servers.
+
+    Attributes:
+        link: as given.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self._connected = False
+        self._lock = threading.Lock()
         self._running: Future[PushResult] | None = None
+
+    @property
+    def config(self) -> WeightSyncConfig:
+        """How it pushes."""
+        return self.link.config
+
+    @property
+    def _servers(self) -> Servers:
+        return self.link.servers
 
     @property
     def is_busy(self) -> bool:
         """Whether it is in the middle of a push, or of joining."""
         running = self._running
         return self._lock.locked() or (running is not None and not running.done())
+
+    def connect(self) -> None:
+        """Joins the trainer and all ranks of all servers into one group.
+
+        Raises:
+            TopologyError: a server can't take part.
+            PushError: a server refused or did not come.
+        """
+        with self._lock:
+            self.link.find_device()
+            if self._servers.state is ServiceState.BROKEN:
+                self._restart_lifeless()
+            try:
+                self.link.join()
+            except PushError:
+                if not self._restart_lifeless():
+                    raise
+                self.link.join()
+            self._connected = True
+
+    def _restart_lifeless(self) -> bool:
+        urls = self._servers.lifeless()
+        if urls:
+            self._servers.restart(urls)
+        return bool(urls)
+
+    def abandon(self) -> None:
+        """Leaves the group without waiting for anybody, servers included."""
+        self._connected = False
+        self.link.drop()
 
     def close(self) -> None:
         """Leaves the group, on both sides, once a push under way is over; harmless twice.
@@ -62,7 +140,7 @@ class WeightPusher(Connection):
             failed = error
         with self._lock:
             self._connected = False
-            self._leave()
+            self.link.leave()
         if failed is not None:
             warnings.warn(f"the last weight push failed: {failed}", RuntimeWarning, stacklevel=2)
 
@@ -122,7 +200,7 @@ class WeightPusher(Connection):
         self.wait()
         with self._lock:
             plan = self._planned(source, version, reference, copy=True, partial=partial)
-            ready = handed_over([*plan.weights.values()], self._sending_device)
+            ready = handed_over([*plan.weights.values()], self.link.sending_device)
 
             def carry_out(kept: object = keeping) -> PushResult:
                 with self._lock, self._broken_unless_done(), ready():
@@ -168,8 +246,8 @@ class WeightPusher(Connection):
             )
         plan = make_plan(
             source,
-            model_path=self.model_path,
-            infos=self._infos,
+            model_path=self.link.model_path,
+            infos=self.link.infos,
             config=self.config,
             reference=reference,
             version=self._next_version() if version is None else version,
@@ -180,16 +258,11 @@ class WeightPusher(Connection):
             repairs=repairs,
         )
         if plan.sharded is not None:
-            tied = expected_model(self.model_path).tied
+            tied = expected_model(self.link.model_path).tied
             plan.sharded.compare(tied, finite=self.config.check_finite)
-        if self._carrier is not None:
-            self._carrier.prepare(plan.buckets)
+        if self.link.carrier is not None:
+            self.link.carrier.prepare(plan.buckets)
         return plan
-
-    @property
-    def _verifies(self) -> bool:
-        verify = self.config.verify
-        return verify == "always" or (verify == "first" and not self._verified)
 
     @contextlib.contextmanager
     def _broken_unless_done(self) -> Iterator[None]:
@@ -217,17 +290,17 @@ class WeightPusher(Connection):
             try:
                 self._revive(course)
             except BaseException:
-                self._drop()  # with what it has made for this push
+                self.link.drop()  # with what it has made for this push
                 raise
         while True:
             try:
                 return self._attempt(plan, course)
             except BaseException as raised:
                 in_session = self._may_be_in_session(raised)
-                self._drop()
+                self.link.drop()
                 if isinstance(plan.weights, LazyWeights):
                     plan.weights.drain()
-                error = after_failure(raised, self._workers, in_session=in_session)
+                error = after_failure(raised, self.link.workers, in_session=in_session)
                 forget_frames(error)
                 if self._goes_on(error, plan, course):
                     continue
@@ -236,38 +309,35 @@ class WeightPusher(Connection):
                 raise error from raised
 
     def _may_be_in_session(self, error: BaseException) -> bool:
-        carrier, engines = self._carrier, self._engines
-        if carrier is None or engines is None or not (carrier.in_session and engines.has_session):
+        carrier, targets = self.link.carrier, self.link.targets
+        if carrier is None or targets is None or not (carrier.in_session and targets.has_session):
             return False
         step = error.step if isinstance(error, PushError) else None
         return step in ("transfer", "end") or not isinstance(error, SGLangError)
 
     def _attempt(self, plan: Plan, course: Course) -> PushResult:
-        timer = course.timer
-        if self._engines is not None and self._engines.workers != tuple(self._workers):
-            # Servers joined or left. One that is gone can't leave a group in order with the others.
-            gone = not {*self._engines.workers} <= {*self._workers}
-            self._drop() if gone else self._leave()
-        if self._carrier is None or not self._carrier.is_connected:
+        link, timer = self.link, course.timer
+        link.leave_if_changed()
+        if link.carrier is None or not link.carrier.is_connected:
             with timer.measure("join"):
-                self._connect()
-        carrier, engines, choice = self._carrier, self._engines, self._choice
-        assert carrier is not None and engines is not None and choice is not None
-        carrier.prepare(plan.buckets)
-        verifies = self._verifies
+                link.join()
+        carrier, targets, choice = link.carrier, link.targets, link.choice
+        assert carrier is not None and targets is not None and choice is not None
+        carrier.prepare(plan.buckets)  # a new one; for the one before it has been done already
+        verifies = link.verifies
         num_bytes = sum(bucket.num_bytes for bucket in plan.buckets)
-        timeouts, device = self._servers.timeouts, self._infos[0].device
+        timeouts, device = self._servers.timeouts, link.infos[0].device
         done = attempt(
             plan,
             carrier,
-            engines,
+            targets,
             config=self.config,
             verifies=verifies,
             # Checksums are those of the whole model, also where a part of it was sent.
             whole_s=timeouts.control_s if plan.partial else timeouts.whole_s(num_bytes, device),
             timer=timer,
         )
-        self._verified = self._verified or verifies
+        link.verified = link.verified or verifies
         return PushResult(
             version=plan.version,
             method=carrier.method,
@@ -287,7 +357,7 @@ class WeightPusher(Connection):
 
     def _goes_on(self, error: BaseException, plan: Plan, course: Course) -> bool:
         """Whether the push can be tried again: without an engine, or with it started again."""
-        if isinstance(error, EngineLostError) and self._goes_on_without(error):
+        if isinstance(error, EngineLostError) and self.link.goes_on_without(error):
             course.lost.append(str(error.engine))
             self._servers.drop(str(error.engine))
             # A part of the weights is too little for a server that has the model's own files.
@@ -330,7 +400,7 @@ class Attempt:
 def attempt(
     plan: Plan,
     carrier: Carrier,
-    engines: Engines,
+    targets: Targets,
     *,
     config: WeightSyncConfig,
     verifies: bool,
@@ -342,7 +412,7 @@ def attempt(
     Args:
         plan: what to push.
         carrier: how.
-        engines: the servers.
+        targets: the servers.
         config: what stands around it.
         verifies: the servers prove what they hold.
         whole_s: bound on each step that reads all weights.
@@ -354,33 +424,33 @@ def attempt(
     """
     paused_at = time.perf_counter()
     with timer.measure("pause"):
-        engines.pause("pause", config.pause_mode)
+        targets.pause("pause", config.pause_mode)
     with timer.measure("flush"):
-        flushed = config.flushes and engines.flush()
+        flushed = config.flushes and targets.flush()
     with timer.measure("begin"):
         if carrier.in_session:
-            engines.begin()
+            targets.begin()
     sent_at = time.perf_counter()
     layout = carrier.transfer(plan.buckets, plan.weights, timer)
     push_s = time.perf_counter() - sent_at
     with timer.measure("end"):
         if carrier.in_session:
-            engines.end(whole_s)
+            targets.end(whole_s)
     with timer.measure("verify"):
         if verifies:
-            plan.verifier.by_checksum(engines, whole_s)
+            plan.verifier.by_checksum(targets, whole_s)
     with timer.measure("version"):
-        engines.set_version(plan.version)
+        targets.set_version(plan.version)
     with timer.measure("continue"):
-        engines.resume()
+        targets.resume()
     paused_s = time.perf_counter() - paused_at
     with timer.measure("verify"):
         if verifies:
-            _probe(plan, engines)
+            _probe(plan, targets)
     return Attempt(layout=layout, flushed=flushed, push_s=push_s, paused_s=paused_s)
 
 
-def _probe(plan: Plan, engines: Engines) -> None:
+def _probe(plan: Plan, targets: Targets) -> None:
     """Verifies what checksums left open; a paused server can't score, so the servers run by now.
 
     Our own requests still wait. What others sent, and what was in flight before, runs on weights
@@ -388,14 +458,14 @@ def _probe(plan: Plan, engines: Engines) -> None:
     gave. If the proof fails, it does not go on with the weights of the next push.
     """
     try:
-        plan.verifier.by_probe(engines, f"probe-{plan.version}")
+        plan.verifier.by_probe(targets, f"probe-{plan.version}")
     except BaseException:
         with contextlib.suppress(PushError):
-            engines.pause("verify", "abort")
+            targets.pause("verify", "abort")
         raise
 
 
-def abandon_with(owner: object, pusher: WeightPusher) -> weakref.finalize[..., object]:
+def abandon_with(owner: object, pusher: Pusher) -> weakref.finalize[..., object]:
     """Leaves the group once ``owner`` is gone, without a word to the servers.
 
     Not in a forked copy, and never at the interpreter's exit: nothing that it needs is there then.
@@ -405,6 +475,6 @@ def abandon_with(owner: object, pusher: WeightPusher) -> weakref.finalize[..., o
     return finalizer
 
 
-def _abandon(pusher: WeightPusher, pid: int) -> None:
+def _abandon(pusher: Pusher, pid: int) -> None:
     if os.getpid() == pid:
         pusher.abandon()

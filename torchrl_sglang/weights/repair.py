@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from functools import partial
 
 from ..errors import EngineLostError, PushError
 from ..servers.control import ControlClient
 from ..servers.health import needs_no_scheduler, silent_at
 from ..servers.threads import in_thread
-from ..servers.together import broke_connection
+from ..servers.together import Answers, ask_all, broke_connection
 from .carry.group import WireError
 
 DYING_S = 0.5  # a process that dies closes its listener last
@@ -50,12 +50,12 @@ def after_failure(
         if in_session:
             worker.end(LIVENESS_S)
 
-    pauses = {in_thread(lambda w=w: pause(w), "torchrl_sglang-pause"): w for w in workers}
-    deadline = time.monotonic() + LIVENESS_S
+    ask = partial(ask_all, workers, pause, within_s=LIVENESS_S)
+    pauses = in_thread(ask, "torchrl_sglang-pause")
     error = with_its_cause(error, workers)
-    wait(pauses, max(0.0, deadline - time.monotonic()))
+    answers = pauses.result()
     if isinstance(error, PushError):
-        _add_stuck(error, pauses)
+        _add_stuck(error, answers)
     return error
 
 
@@ -123,13 +123,10 @@ def _first_silent(workers: Sequence[ControlClient]) -> str | None:
     return None
 
 
-def _add_stuck(error: PushError, pauses: dict[Future[None], ControlClient]) -> None:
+def _add_stuck(error: PushError, pauses: Answers[None]) -> None:
     """Has the message name the engines that live and don't answer."""
-    silent = [
-        worker.url
-        for paused, worker in pauses.items()
-        if not (isinstance(error, EngineLostError) and worker.url == error.engine)
-        and not (paused.done() and not isinstance(paused.exception(), TimeoutError))
-    ]
+    lost = error.engine if isinstance(error, EngineLostError) else None
+    late = [worker for worker, each in pauses.failures.items() if isinstance(each, TimeoutError)]
+    silent = [worker.url for worker in late if worker.url != lost]
     if silent:
         error.args = (f"{error.args[0]} ({', '.join(silent)} {STUCK}.)",)

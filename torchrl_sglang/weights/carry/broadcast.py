@@ -15,9 +15,10 @@ from ...config import Timeouts
 from ...errors import PushError, TopologyError
 from ...servers.control import ControlClient
 from ...servers.threads import in_thread
-from ...servers.together import Engines, watch
+from ...servers.together import tell_all, watch
 from ..buckets import FLATTENED, Bucket, plan_ranks
 from ..result import StepTimer
+from ..targets import Targets
 from .carrier import Carrier
 from .group import Rendezvous, TrainerGroup
 from .payload import Layout, Payloads
@@ -41,7 +42,7 @@ class Broadcast(Carrier):
     """Carries weights to servers over gloo (CPU) or NCCL (GPU).
 
     Args:
-        engines: the servers.
+        targets: the servers.
         address: address at which they reach this process.
         port: port of the rendezvous; None for a free one.
         device: device that sends.
@@ -57,7 +58,7 @@ class Broadcast(Carrier):
 
     def __init__(
         self,
-        engines: Engines,
+        targets: Targets,
         *,
         address: str,
         port: int | None,
@@ -66,14 +67,14 @@ class Broadcast(Carrier):
         timeouts: Timeouts,
     ) -> None:
         super().__init__()
-        self._engines = engines
+        self._targets = targets
         self._address = address
         self._port = port
         self._device = device
         self._layout = layout
         self._timeouts = timeouts
-        self._ranks = plan_ranks(engines.infos)
-        self._backend = "gloo" if engines.infos[0].device == "cpu" else "nccl"
+        self._ranks = plan_ranks(targets.infos)
+        self._backend = "gloo" if targets.infos[0].device == "cpu" else "nccl"
         if self._backend == "nccl" and device.type != "cuda":
             raise TopologyError(
                 f"the servers are on GPUs, so NCCL has to send, which needs a GPU here too; the "
@@ -97,7 +98,7 @@ class Broadcast(Carrier):
             PushError: a server refused or did not come; the others are freed.
         """
         if self._backend == "nccl":
-            self._engines.wait_for_gpus("init")  # one that is stuck would make others wait for it
+            self._targets.wait_for_gpus("init")  # one that is stuck would make others wait for it
         name = f"torchrl_sglang-{uuid.uuid4().hex[:12]}"
         timeout_s = self._timeouts.group_s
         rendezvous = Rendezvous(self._address, self._port, timeout_s + JOIN_LAG_S)
@@ -114,7 +115,7 @@ class Broadcast(Carrier):
             rendezvous.close()
             joined.add_done_callback(_leave)  # it may have joined all the same, or still do so
             self._forget(name)
-            self._engines.close()
+            self._targets.close()
             raise
         self._group = joined.result()
         if self._backend == "nccl":
@@ -133,7 +134,7 @@ class Broadcast(Carrier):
     def _invite(self, rendezvous: Rendezvous, name: str) -> dict[Future[Any], str | None]:
         offsets = {
             worker.url: offset
-            for worker, offset in zip(self._engines.workers, self._ranks.offsets, strict=True)
+            for worker, offset in zip(self._targets.workers, self._ranks.offsets, strict=True)
         }
 
         def invite(worker: ControlClient) -> None:
@@ -147,7 +148,7 @@ class Broadcast(Carrier):
             }
             worker.join(body, self._timeouts.group_s)
 
-        return self._engines.ask(invite)
+        return self._targets.ask(invite)
 
     def _probe(self) -> None:
         """One element to every rank: NCCL connects only now, and can fail or hang in it.
@@ -161,11 +162,11 @@ class Broadcast(Carrier):
         one = torch.zeros(1, dtype=torch.float32, device=self._device)
         timeout_s = self._timeouts.probe_s
         try:
-            self._engines.begin()
+            self._targets.begin()
             sending = self._group.send(lambda after: iter([[one]]), device=self._device)
-            answers = self._engines.ask(partial(_announce, body, timeout_s))
+            answers = self._targets.ask(partial(_announce, body, timeout_s))
             watch({**answers, sending.done: None}, step="init", timeout_s=timeout_s)
-            self._engines.end()
+            self._targets.end()
         except BaseException as error:
             self.drop()
             self._tell(ControlClient.end)
@@ -205,7 +206,7 @@ class Broadcast(Carrier):
                 body = bucket.announcement(group.name)
                 body["load_format"] = FLATTENED if payloads.flattened else None
                 watch(
-                    self._engines.ask(partial(_announce, body, timeout_s)),
+                    self._targets.ask(partial(_announce, body, timeout_s)),
                     step="transfer",
                     timeout_s=timeout_s,
                     bucket=index,
@@ -240,7 +241,7 @@ class Broadcast(Carrier):
             return
         name, timeout_s = group.name, self._timeouts.step_s
         # NCCL ends a communicator only when all ranks do, so no side may wait for another.
-        ends = self._engines.ask(lambda worker: worker.leave(name, timeout_s))
+        ends = self._targets.ask(lambda worker: worker.leave(name, timeout_s))
         left = in_thread(
             lambda: group.close(broken=False), "torchrl_sglang-leave", exit_waits_s=timeout_s
         )
@@ -259,9 +260,7 @@ class Broadcast(Carrier):
 
     def _tell(self, order: Callable[..., None], *args: Any) -> None:
         """Gives an order to every server from threads that nothing waits for."""
-        for worker in self._engines.workers:
-            call = partial(order, worker, *args, timeout_s=CLEAN_UP_S)
-            in_thread(call, "torchrl_sglang-tell")
+        tell_all(self._targets.workers, lambda worker: order(worker, *args, timeout_s=CLEAN_UP_S))
 
 
 def operation_s(backend: str, timeouts: Timeouts) -> float:

@@ -20,10 +20,11 @@ from ...config import Timeouts
 from ...errors import TopologyError, WeightsError
 from ...servers.control import ControlClient
 from ...servers.hosts import is_here
-from ...servers.together import Engines, push_error, watch
+from ...servers.together import push_error, watch
 from ..buckets import Bucket
 from ..result import StepTimer
 from ..source.lazy import LazyWeights
+from ..targets import Targets
 from .carrier import Carrier
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,7 @@ class DiskCarrier(Carrier):
     That of a push that failed, which a server may still be reading, stays until the next push.
 
     Args:
-        engines: the servers.
+        targets: the servers.
         folder: where to write, as trainer and servers see it; None for a temporary folder.
         model_path: where the served model's config is, which goes beside the weights.
         timeouts: bounds on waiting.
@@ -55,21 +56,21 @@ class DiskCarrier(Carrier):
 
     def __init__(
         self,
-        engines: Engines,
+        targets: Targets,
         *,
         folder: str | None,
         model_path: str,
         timeouts: Timeouts,
         owner: object,
     ) -> None:
-        far = [worker.url for worker in engines.workers if not is_here(worker.url)]
+        far = [worker.url for worker in targets.workers if not is_here(worker.url)]
         if far and folder is None:
             raise TopologyError(
                 f"method='disk' writes where servers can read, but {', '.join(far)} is on another "
                 "machine: name a folder that both see, WeightSyncConfig(folder=...)."
             )
         super().__init__()
-        self._engines = engines
+        self._targets = targets
         self._folder = _made(folder, owner)
         self._prefix = f"weights-{PROCESS}-{id(owner):x}-"
         self._model_path = model_path
@@ -100,7 +101,7 @@ class DiskCarrier(Carrier):
                 raise push_error(error, "transfer", None) from error
         with timer.measure("transfer"):
             timeout_s = self._timeouts.bucket_s(sum(bucket.num_bytes for bucket in buckets))
-            asked = self._engines.ask(partial(_load, checkpoint, timeout_s))
+            asked = self._targets.ask(partial(_load, checkpoint, timeout_s))
             watch(asked, step="transfer", timeout_s=timeout_s)
         for other in self._folder.glob(f"{self._prefix}*"):
             if other != checkpoint:  # the last, and those of pushes that failed

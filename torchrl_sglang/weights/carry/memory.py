@@ -14,9 +14,10 @@ from ...config import Timeouts
 from ...errors import TopologyError
 from ...servers.control import ControlClient
 from ...servers.hosts import is_here
-from ...servers.together import Engines, push_error, watch
+from ...servers.together import push_error, watch
 from ..buckets import FLATTENED, Bucket, plan_ranks
 from ..result import StepTimer
+from ..targets import Targets
 from .carrier import Carrier
 from .payload import NUM_BUFFERS, Payloads
 from .shared_memory import allocate_on_gpu, allocate_shared, shared_message
@@ -31,7 +32,7 @@ class TensorCarrier(Carrier):
     gives up a handle only once what was read through it has been copied, and so a server answers.
 
     Args:
-        engines: the servers.
+        targets: the servers.
         device: where buckets are laid out; a GPU that the servers see, or the CPU.
         timeouts: bounds on waiting.
 
@@ -42,21 +43,21 @@ class TensorCarrier(Carrier):
     method: ClassVar[str] = "tensor"
     order = "load_tensors"
 
-    def __init__(self, engines: Engines, *, device: torch.device, timeouts: Timeouts) -> None:
-        plan_ranks(engines.infos)
-        far = [worker.url for worker in engines.workers if not is_here(worker.url)]
+    def __init__(self, targets: Targets, *, device: torch.device, timeouts: Timeouts) -> None:
+        plan_ranks(targets.infos)
+        far = [worker.url for worker in targets.workers if not is_here(worker.url)]
         if far:
             raise TopologyError(
                 f"method='tensor' shares memory with the servers, but {', '.join(far)} is not on "
                 "this machine: push with method='broadcast' or 'disk'."
             )
-        if engines.infos[0].device != "cpu" and device.type != "cuda":
+        if targets.infos[0].device != "cpu" and device.type != "cuda":
             raise TopologyError(
                 "method='tensor' shares a GPU's memory with servers on GPUs, and the weight sync "
                 f"was given device={str(device)!r}: name a GPU, or push with method='disk'."
             )
         super().__init__()
-        self._engines = engines
+        self._targets = targets
         self._device = device
         self._timeouts = timeouts
         self._buffers: list[torch.Tensor] = []
@@ -100,7 +101,7 @@ class TensorCarrier(Carrier):
                     raise push_error(error, "transfer", None, index) from error
                 if index:
                     self._wait(asked, buckets, index - 1)
-                asked = self._engines.ask(partial(_call_own, calls))
+                asked = self._targets.ask(partial(_call_own, calls))
             self._wait(asked, buckets, len(buckets) - 1)
         if not self._keeps_buffers:
             self._buffers.clear()
@@ -121,7 +122,7 @@ class TensorCarrier(Carrier):
                 [shared_message(buffer, bucket.tensors) for _ in range(info.tp_size)],
                 self._timeouts.bucket_s(bucket.num_bytes),
             )
-            for info in self._engines.infos
+            for info in self._targets.infos
         }
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
+from ...config import WeightSyncConfig
 from ...errors import (
-    ConfigError,
     EngineLostError,
     NotConnectedError,
     TopologyError,
@@ -22,15 +23,15 @@ from ...servers.info import WorkerInfo
 from ...servers.lora import SERVE_WITH
 from ...servers.lora_versions import versioned
 from ...servers.members import Servers
-from ...servers.together import Engines
-from ..push import WeightPusher
+from ..connection import Link
 from ..repair import with_its_cause
 from ..result import PushResult, StepTimer
 from ..source.expected import Dtypes, expected_model, served_dtype
+from ..targets import Targets
 from ..verify.score import probe_ids, reference_log_probs
 from ..verify.verifier import compare_probe
 from .load import Load, prepared
-from .room import Room
+from .loaded import LoadedVersions
 from .source import AdapterSource, read_adapter
 
 MIN_ADAPTERS = 2  # the version in use, and the next
@@ -38,7 +39,7 @@ MIN_ADAPTERS = 2  # the version in use, and the next
 Probe = tuple[list[int], list[float]]
 
 
-class AdapterPusher(WeightPusher):
+class AdapterPusher:
     """Pushes a LoRA adapter into every server of a service; the base model's weights stay.
 
     Nothing is paused. Each push loads ``name@version`` beside the version before, and once every
@@ -47,12 +48,32 @@ class AdapterPusher(WeightPusher):
 
     If a push fails, the new version is unloaded again, and the one before stays in use.
 
-    Args, attributes: as in `WeightPusher`.
+    Args:
+        link: to the servers; there is no group to join.
+
+    Attributes:
+        link: as given.
     """
 
-    def __init__(self, servers: Servers, **kwargs: Any) -> None:
-        super().__init__(servers, **kwargs)
-        self._room: Room | None = None
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self._connected = False
+        self._lock = threading.Lock()
+        self._loaded: LoadedVersions | None = None
+
+    @property
+    def config(self) -> WeightSyncConfig:
+        """How it pushes."""
+        return self.link.config
+
+    @property
+    def _servers(self) -> Servers:
+        return self.link.servers
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is in the middle of a push."""
+        return self._lock.locked()
 
     def connect(self) -> None:
         """Checks that the servers can take part; there is no group to join.
@@ -63,17 +84,25 @@ class AdapterPusher(WeightPusher):
             PushError: a server refuses the key, or did not answer.
         """
         with self._lock:
-            check_servers(self._infos)
-            self._ready_engines().check_allowed("load_adapter")
+            check_servers(self.link.infos)
+            self._targets().check_allowed("load_adapter")
             self._connected = True
 
+    def wait(self) -> None:
+        """Returns: no push goes on by itself."""
+
+    def close(self) -> None:
+        """Lets go of the servers, once a push under way is over; harmless twice."""
+        with self._lock:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Lets go without waiting for anybody."""
+        self._connected = False
+        self.link.drop()
+
     def push(
-        self,
-        source: Any,
-        *,
-        version: int | None = None,
-        reference: nn.Module | None = None,
-        partial: bool = False,
+        self, source: Any, *, version: int | None = None, reference: nn.Module | None = None
     ) -> PushResult:
         """Pushes an adapter and returns once new requests run under it.
 
@@ -81,10 +110,8 @@ class AdapterPusher(WeightPusher):
             source: PEFT model, also in a wrapper; path of a PEFT folder; or LoRA tensors by name.
             version: the adapter's new version; one more than the last by default.
             reference: PEFT model that the tensors belong to, if ``source`` is a mapping.
-            partial: must be False: an adapter is one piece.
 
         Raises:
-            ConfigError: ``partial``.
             NotConnectedError: before `connect`.
             WeightsError, ConfigError: it is no adapter, or one that SGLang can't serve; nothing was
                 touched.
@@ -93,24 +120,19 @@ class AdapterPusher(WeightPusher):
             VerificationError: a server computes something else than the model; likewise. Or what
                 is pushed can't be verified in the way that is asked for; nothing was touched.
         """
-        if partial:
-            raise ConfigError("method='lora' pushes whole adapters: leave partial=True out.")
         with self._lock:
             if not self._connected:
                 raise NotConnectedError(
                     "the weight sync is not connected: call connect() before pushing."
                 )
             self._servers.gate.wait_until_open(self._servers.timeouts.control_s)
-            check_servers(self._infos)
-            urls = [worker.url for worker in self._workers]
+            check_servers(self.link.infos)
+            urls = [worker.url for worker in self.link.workers]
             adapter = read_adapter(
                 source, reference, server_urls=urls, finite=self.config.check_finite
             )
-            return self._until_done(adapter, self._next_version() if version is None else version)
-
-    def push_later(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuses: a push of an adapter holds nothing back."""
-        raise ConfigError("method='lora' pauses nothing: push() is all there is.")
+            number = self._servers.highest_version() + 1 if version is None else version
+            return self._until_done(adapter, number)
 
     def _until_done(self, adapter: AdapterSource, version: int) -> PushResult:
         timer, start = StepTimer(), time.perf_counter()
@@ -121,19 +143,19 @@ class AdapterPusher(WeightPusher):
         while True:
             try:
                 name = versioned(self.config.adapter_name, version)
-                with prepared(adapter, name, self._infos, dtype) as load:
+                with prepared(adapter, name, self.link.infos, dtype) as load:
                     push_s = self._carry(load, version, probe, timer)
             except BaseException as raised:
-                self._drop()
-                error = with_its_cause(raised, self._workers)
-                if isinstance(error, EngineLostError) and self._goes_on_without(error):
+                self.link.drop()
+                error = with_its_cause(raised, self.link.workers)
+                if isinstance(error, EngineLostError) and self.link.goes_on_without(error):
                     lost.append(str(error.engine))
                     self._servers.drop(str(error.engine))
                     continue
                 if error is raised:
                     raise
                 raise error from raised
-            self._verified = self._verified or probe is not None
+            self.link.verified = self.link.verified or probe is not None
             return PushResult(
                 version=version,
                 method="lora",
@@ -152,32 +174,32 @@ class AdapterPusher(WeightPusher):
 
     def _carry(self, load: Load, version: int, probe: Probe | None, timer: StepTimer) -> float:
         """Loads, verifies and switches; the seconds that loading took."""
-        engines, room = self._ready_engines(), self._ready_room()
+        targets, loaded = self._targets(), self._versions()
         timeout_s = self._servers.timeouts.transfer_s
         with timer.measure("room"):
-            room.make(engines, version)
+            loaded.make_room(targets, version)
         try:
             sent_at = time.perf_counter()
             with timer.measure("load"):
-                engines.do("load", lambda worker: load.post(worker, timeout_s), timeout_s)
+                targets.do("load", lambda worker: load.post(worker, timeout_s), timeout_s)
             push_s = time.perf_counter() - sent_at
             with timer.measure("verify"):
                 if probe is not None:
-                    self._compare(engines, version, probe)
+                    self._compare(targets, version, probe)
             with timer.measure("version"):
-                engines.set_version(version)
+                targets.set_version(version)
         except BaseException as error:
-            error.add_note(room.take_back(engines, version))
+            error.add_note(loaded.take_back(targets, version))
             raise
         self._servers.versions.set_pushed(version, adapter=True)
         self._servers.rejoin()
-        room.switch(version)
-        room.clear(engines, version)
+        loaded.switch(version)
+        loaded.clear(targets, version)
         return push_s
 
-    def _compare(self, engines: Engines, version: int, probe: Probe) -> None:
+    def _compare(self, targets: Targets, version: int, probe: Probe) -> None:
         compare_probe(
-            engines,
+            targets,
             *probe,
             f"probe-{version}",
             self.config.probe_tolerance,
@@ -186,36 +208,28 @@ class AdapterPusher(WeightPusher):
             timeout_s=self._servers.timeouts.transfer_s,
         )
 
-    def _ready_engines(self) -> Engines:
-        workers = tuple(self._workers)
-        if self._engines is None or self._engines.workers != workers:
-            self._drop_engines()
-            self._engines = Engines(workers, self._infos, self._servers.timeouts.control_s)
-        return self._engines
+    def _targets(self) -> Targets:
+        link = self.link
+        return link.targets if link.targets is not None and link.reaches_all else link.reach()
 
-    def _drop_engines(self) -> None:
-        engines, self._engines = self._engines, None
-        if engines is not None:
-            engines.close()
-
-    def _ready_room(self) -> Room:
-        if self._room is None:
-            self._room = Room(self.config.adapter_name, self._servers.lora.versions)
-        return self._room
+    def _versions(self) -> LoadedVersions:
+        if self._loaded is None:
+            versions = self._servers.lora.versions
+            self._loaded = LoadedVersions(self.config.adapter_name, versions)
+        return self._loaded
 
     def _dtype(self, adapter: AdapterSource) -> torch.dtype | None:
         """The dtype that the servers compute in, or the adapter's own where that isn't known."""
         if not adapter.tensors:
             return None
-        path = self._model_path or self._servers.model_path
         try:
-            return served_dtype(self._infos[0], expected_model(path))
+            return served_dtype(self.link.infos[0], expected_model(self.link.model_path))
         except WeightsError:
             return next(iter(adapter.tensors.values())).dtype
 
     def _probe(self, adapter: AdapterSource, dtype: torch.dtype | None) -> Probe | None:
         """A prompt, and what the trainer's model makes of it; None where it is not to be asked."""
-        if not self._verifies:
+        if not self.link.verifies:
             return None
         if adapter.model is None or dtype is None:
             if self.config.verify_method == "probe":

@@ -13,13 +13,14 @@ from ...config import WeightSyncConfig
 from ...errors import ServiceError, VerificationError
 from ...servers.control import ControlClient
 from ...servers.info import WorkerInfo
-from ...servers.together import Engines, push_error
+from ...servers.together import push_error
 from ..layout import FAMILIES, without_siblings
 from ..source.checkpoint import CheckpointWeights
 from ..source.expected import Dtypes, model_config
 from ..source.lazy import parts_of
 from ..source.merged import base_weights, has_adapters
 from ..source.named import shown, unwrap
+from ..targets import Targets
 from .checksums import parse_checksums
 from .proof import ChecksumProof, family_of, why_unprovable
 from .score import parse_probe, probe_body, probe_ids, reference_log_probs
@@ -154,7 +155,7 @@ class Verifier:
             self._probe = (ids, scores)
         return self._probe
 
-    def by_checksum(self, engines: Engines, timeout_s: float | None = None) -> None:
+    def by_checksum(self, targets: Targets, timeout_s: float | None = None) -> None:
         """Compares every parameter on every rank of every server with what was sent.
 
         Where a server's layout is not known, such servers are only compared with each other, and
@@ -170,14 +171,14 @@ class Verifier:
         if lone := self._lone():
             self._unproved = f"Checksums prove nothing of {self._infos[0].url}: {lone}."
             return
-        within_s = timeout_s or engines.timeout_s
-        given = engines.collect("verify", lambda worker: worker.checksums(within_s), within_s)
+        within_s = timeout_s or targets.timeout_s
+        given = targets.collect("verify", lambda worker: worker.checksums(within_s), within_s)
         answers = [
             _parsed(info.url, parse_checksums, answer, info.tp_size, info.num_copies)
-            for info, answer in zip(engines.infos, given, strict=True)
+            for info, answer in zip(targets.infos, given, strict=True)
         ]
         proof = ChecksumProof(self._weights, self._dtypes, self._config_of, partial=self._partial)
-        unproved = proof.unproved(engines.infos, answers)
+        unproved = proof.unproved(targets.infos, answers)
         if unproved:
             reason = next(iter(unproved.values()))
             self._unproved = f"Checksums prove nothing of {', '.join(unproved)}: {reason}."
@@ -190,7 +191,7 @@ class Verifier:
         """The config of what a server serves, from the trainer's model or from its path."""
         return self._model_config or model_config(info.model_path)
 
-    def by_probe(self, engines: Engines, salt: str) -> None:
+    def by_probe(self, targets: Targets, salt: str) -> None:
         """Scores a prompt on every server, unless the checksums have proved more already.
 
         Raises:
@@ -200,7 +201,7 @@ class Verifier:
         if self.verified_by == "checksum":
             return
         ids, ours = self._reference()
-        compare_probe(engines, ids, ours, salt, self._config.probe_tolerance)
+        compare_probe(targets, ids, ours, salt, self._config.probe_tolerance)
         self.verified_by = "probe"
 
 
@@ -224,7 +225,7 @@ def _num_embeddings(model: Any, weights: Mapping[str, torch.Tensor]) -> int:
 
 
 def compare_probe(
-    engines: Engines,
+    targets: Targets,
     ids: list[int],
     ours: Sequence[float],
     salt: str,
@@ -235,7 +236,7 @@ def compare_probe(
     """Scores a prompt on every server and compares with what the trainer's model gives.
 
     Args:
-        engines: the servers.
+        targets: the servers.
         ids: the prompt.
         ours: the trainer's log-probs of ``ids[1:]``.
         salt: one that no cache has seen.
@@ -252,8 +253,8 @@ def compare_probe(
     def score(worker: ControlClient) -> Any:
         return worker.score(body, timeout_s)
 
-    given = engines.collect("verify", score, timeout_s)
-    for worker, answer in zip(engines.workers, given, strict=True):
+    given = targets.collect("verify", score, timeout_s)
+    for worker, answer in zip(targets.workers, given, strict=True):
         theirs = _parsed(worker.url, parse_probe, answer, ids)
         worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         if worst > tolerance:
