@@ -50,7 +50,8 @@ from tiny_model import make_tiny_model
 
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
 from torchrl_sglang.generate.parse import parse_completions
-from torchrl_sglang.policy.call import Call
+from torchrl_sglang.policy.call import Sampling
+from torchrl_sglang.policy.outputs.writer import RowWriter
 
 MODES = ("history", "text", "tokens")
 DISTINCT = 8  # real answers per length; more rows repeat them
@@ -80,7 +81,7 @@ class Answers:
         self._service = service
         self._known: dict[tuple[int, int], list[bytes]] = {}
 
-    def get(self, call: Call, new_tokens: int) -> list[bytes]:
+    def get(self, call: Sampling, new_tokens: int) -> list[bytes]:
         """One answer per request of the call, each with the request's own id."""
         request = call.requests[0]
         key = (len(request.input_ids), new_tokens)
@@ -100,10 +101,10 @@ class Answers:
 RID = "0" * 32
 
 
-def finish(call: Call, answers: Sequence[bytes]) -> Any:
+def finish(call: Sampling, answers: Sequence[bytes]) -> Any:
     """What the client does with the answers of one call."""
     call = copy(call)  # which remembers nothing of the last time
-    call.__dict__.pop("_arrived", None)
+    call._writer = RowWriter(call._settled, call._options.sampling)
     completions = []
     for answer, request in zip(answers, call.requests, strict=True):
         arrived = parse_completions(orjson.loads(answer), request)
@@ -117,7 +118,7 @@ def measure(
 ) -> dict[str, Any]:
     sampling = {"max_new_tokens": length}
     td = make_input(policy.input_mode, num_rows, args.prompt_tokens, policy.tokenizer)
-    call = Call(td, policy._settled, policy.service, sampling)
+    call = Sampling(td, policy._settled, policy.service, sampling)
     bodies = answers.get(call, length)
     finish(call, bodies)
     times, walls = [], []
@@ -142,7 +143,7 @@ def measure(
 
 def profile(policy: SGLangWrapper, answers: Answers, args: argparse.Namespace) -> str:
     td = make_input(policy.input_mode, 256, args.prompt_tokens, policy.tokenizer)
-    call = Call(td, policy._settled, policy.service, {"max_new_tokens": 256})
+    call = Sampling(td, policy._settled, policy.service, {"max_new_tokens": 256})
     bodies = answers.get(call, 256)
     profiler = cProfile.Profile()
     profiler.runcall(finish, call, bodies)

@@ -41,7 +41,10 @@ Every error derives from `SGLangError`, and from the builtin that fits, so that 
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Self
 
 
@@ -270,3 +273,19 @@ def _rebuild(
 def count_of(number: int, thing: str) -> str:
     """A number of things, for messages: "1 name", "2 names"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+# Packages between a user's line and what warns.
+BETWEEN = ("torchrl_sglang", "torchrl", "tensordict", "torch", "threading", "concurrent", "asyncio")
+
+
+def warn(message: str, category: type[Warning] = RuntimeWarning) -> None:
+    """Warns of a line that a user wrote, however deep in here it is found out."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _name(frame).partition(".")[0] in BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _name(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

@@ -39,8 +39,8 @@ from torchrl_sglang.errors import (
     ServerFailedError,
     UnsupportedOptionError,
 )
-from torchrl_sglang.generate.completion import Completion, VersionSpan
-from torchrl_sglang.generate.partial import continuation, joined
+from torchrl_sglang.generate.completion import Completion, VersionSpan, joined
+from torchrl_sglang.generate.partial import continuation
 from torchrl_sglang.generate.request import LogitProcessor, Returns, new_rid
 from torchrl_sglang.policy.outputs.extras import InfoSpec
 from torchrl_sglang.policy.requests.rows import given_rids

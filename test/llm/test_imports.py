@@ -179,7 +179,7 @@ def test_launch_needs_no_torch(module: str) -> None:
     [
         *("errors", "servers.info", "servers.gate"),
         *("servers.hosts", "servers.lora_folder", "generate.completion", "generate.request"),
-        *("generate.parse", "generate.partial", "generate.room", "generate.routes"),
+        *("generate.parse", "generate.partial", "generate.room", "generate.experts"),
         *("generate.seeds", "generate.two_parts", "generate.check", "generate.loop"),
         # These run where torchrl_sglang is not installed.
         *("launch.cpu.serve", "launch.cpu.standins", "launch.guard"),

@@ -15,11 +15,10 @@ from servers import needs_version_spans, num_running, perturb, told, wait_until
 
 from torchrl_sglang import AsyncSGLang, Completion, GenerateRequest, SGLangWeightSyncScheme
 from torchrl_sglang.errors import ResponseError
-from torchrl_sglang.generate.completion import VersionSpan
+from torchrl_sglang.generate.completion import VersionSpan, joined
+from torchrl_sglang.generate.experts import as_sampled
 from torchrl_sglang.generate.parse import parse_completion
-from torchrl_sglang.generate.partial import joined
 from torchrl_sglang.generate.request import Returns
-from torchrl_sglang.generate.routes import as_sampled
 from torchrl_sglang.policy.outputs.extras import _routed_experts
 
 WIDTH = 4  # two layers of two experts

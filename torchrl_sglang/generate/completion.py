@@ -1,10 +1,17 @@
-"""What comes back for a request. Needs only the standard library."""
+"""What comes back for a request, and its algebra: cut, put together, versions per token.
+
+A new field with one value per sampled token goes into `Completion`, `PER_TOKEN` and `parse`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from ..errors import ConfigError
+from ..servers.info import INITIAL_VERSION
+from .experts import joined_routes
 
 FinishType = Literal["stop", "length", "abort"]
 
@@ -16,6 +23,10 @@ class VersionSpan:
     version: str
     start: int
     end: int
+
+    def shifted(self, by: int) -> VersionSpan:
+        """The same of tokens that stand ``by`` later."""
+        return replace(self, start=self.start + by, end=self.end + by)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +84,89 @@ class Completion:
     def weight_version(self) -> str | None:
         """The version that sampled the last token, or scored the prompt; None: it never ran."""
         return self.version_spans[-1].version if self.version_spans else None
+
+
+# What has one value per sampled token.
+PER_TOKEN = ("output_ids", "log_probs", "top_log_probs", "sampling_mask", "sampling_log_probs")
+
+
+def cut(completion: Completion, length: int) -> Completion:
+    """The first tokens of a completion, and what belongs to them."""
+    first: dict[str, Any] = {
+        name: None if values is None else values[:length]
+        for name in (*PER_TOKEN, "hidden_states")
+        for values in [getattr(completion, name)]
+    }
+    spans = [span for span in completion.version_spans if span.start < length]
+    kept = tuple(replace(span, end=min(span.end, length)) for span in spans)
+    return replace(completion, **first, version_spans=kept)
+
+
+def joined(before: Completion, after: Completion) -> Completion:
+    """One completion of two parts, each with its own log-probs and versions.
+
+    Raises:
+        ConfigError: one has log-probs and the other has none.
+    """
+    if (before.log_probs is None) != (after.log_probs is None):
+        raise ConfigError("one part has log-probs and the other has none: ask for both alike.")
+    done = len(before.output_ids)
+    both: dict[str, Any] = {
+        name: None if first is None or second is None else [*first, *second]
+        for name in PER_TOKEN
+        for first, second in [(getattr(before, name), getattr(after, name))]
+    }
+    spans = (*before.version_spans, *(span.shifted(done) for span in after.version_spans))
+    took_s = before.latency_s, after.latency_s
+    return replace(
+        after,
+        **both,
+        text=None,
+        prompt_tokens=before.prompt_tokens,
+        cached_tokens=before.cached_tokens,
+        latency_s=None if None in took_s else sum(filter(None, took_s)),
+        input_log_probs=_prompt_log_probs(before, after),
+        hidden_states=_states(before, after),
+        routed_experts=joined_routes(
+            before.routed_experts, after.routed_experts, before.prompt_tokens + done - 1
+        ),
+        version_spans=tuple(span for span in spans if span.end > span.start),
+    )
+
+
+def _prompt_log_probs(before: Completion, after: Completion) -> list[float] | None:
+    """The second part's prompt begins with the first part's, which may have none of its own."""
+    if before.input_log_probs is not None or after.input_log_probs is None:
+        return before.input_log_probs
+    return after.input_log_probs[: before.prompt_tokens]
+
+
+def _states(before: Completion, after: Completion) -> list[Any] | None:
+    """The last row of the second part's prompt is what its first token was sampled from."""
+    if not before.output_ids or not before.hidden_states or not after.hidden_states:
+        return after.hidden_states
+    prompt, *sampled = after.hidden_states
+    return [*before.hidden_states[: len(before.output_ids)], prompt[-1], *sampled]
+
+
+# At prompt tokens and padding, in rows without a token, and where a server's version is no number.
+NO_VERSION = -1
+
+
+def version_number(version: str) -> int:
+    """A version as a number: 0 for the weights that a server loaded itself."""
+    if version == INITIAL_VERSION:
+        return 0
+    return int(version) if version.isdecimal() else NO_VERSION
+
+
+def spans_of(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
+    """The spans of tokens whose versions are known by number: runs of equal ones."""
+    spans: list[VersionSpan] = []
+    start = 0
+    for index in range(1, len(versions) + 1):
+        if index == len(versions) or versions[index] != versions[start]:
+            name = INITIAL_VERSION if versions[start] == 0 else str(versions[start])
+            spans.append(VersionSpan(version=name, start=start, end=index))
+            start = index
+    return tuple(spans)

@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import RequestAbortedError, ResponseError, SGLangError
 from ..servers.info import INITIAL_VERSION
 from .completion import Completion, VersionSpan
+from .experts import as_sampled
 from .request import GenerateRequest
-from .routes import as_sampled
 
 NAN = float("nan")
 MINUS_INFINITY = float("-inf")

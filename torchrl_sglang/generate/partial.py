@@ -1,18 +1,13 @@
-"""Rollouts that were aborted half-way: going on with them, and putting the parts together."""
+"""Makes the request that goes on with a rollout which was aborted half-way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from ..errors import ConfigError, UnsupportedOptionError
-from .completion import Completion, VersionSpan
+from .completion import Completion
 from .request import GenerateRequest, new_rid
-from .routes import joined_routes
 from .sampling import SamplingParams
-
-T = TypeVar("T")
 
 
 def continuation(request: GenerateRequest, so_far: Completion) -> GenerateRequest:
@@ -87,63 +82,3 @@ def _forgotten(sampling: SamplingParams, stops_matched: bool) -> list[str]:
         "stop_regex": bool(sampling.stop_regex),
     }
     return [name for name, on in active.items() if on]
-
-
-def joined(before: Completion, after: Completion) -> Completion:
-    """One completion of two parts, each with its own log-probs and versions.
-
-    Raises:
-        ConfigError: one has log-probs and the other has none.
-    """
-    if (before.log_probs is None) != (after.log_probs is None):
-        raise ConfigError("one part has log-probs and the other has none: ask for both alike.")
-    shift = len(before.output_ids)
-    moved = [
-        VersionSpan(version=span.version, start=span.start + shift, end=span.end + shift)
-        for span in after.version_spans
-    ]
-    return replace(
-        after,
-        output_ids=[*before.output_ids, *after.output_ids],
-        log_probs=_both(before.log_probs, after.log_probs),
-        sampling_mask=_both(before.sampling_mask, after.sampling_mask),
-        sampling_log_probs=_both(before.sampling_log_probs, after.sampling_log_probs),
-        top_log_probs=_both(before.top_log_probs, after.top_log_probs),
-        text=None,
-        prompt_tokens=before.prompt_tokens,
-        cached_tokens=before.cached_tokens,
-        latency_s=_sum(before.latency_s, after.latency_s),
-        input_log_probs=_prompt_log_probs(before, after),
-        hidden_states=_states(before, after),
-        routed_experts=joined_routes(
-            before.routed_experts,
-            after.routed_experts,
-            before.prompt_tokens + len(before.output_ids) - 1,
-        ),
-        version_spans=tuple(
-            span for span in (*before.version_spans, *moved) if span.end > span.start
-        ),
-    )
-
-
-def _sum(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else before + after
-
-
-def _prompt_log_probs(before: Completion, after: Completion) -> list[float] | None:
-    """The second part's prompt begins with the first part's, which may have none of its own."""
-    if before.input_log_probs is not None or after.input_log_probs is None:
-        return before.input_log_probs
-    return after.input_log_probs[: before.prompt_tokens]
-
-
-def _states(before: Completion, after: Completion) -> list[Any] | None:
-    """The last row of the second part's prompt is what its first token was sampled from."""
-    if not before.output_ids or not before.hidden_states or not after.hidden_states:
-        return after.hidden_states
-    prompt, *sampled = after.hidden_states
-    return [*before.hidden_states[: len(before.output_ids)], prompt[-1], *sampled]
-
-
-def _both(before: Sequence[T] | None, after: Sequence[T] | None) -> list[T] | None:
-    return None if before is None or after is None else [*before, *after]

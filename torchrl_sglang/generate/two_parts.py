@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import ConfigError, ResponseError, UnsupportedOptionError
 from ..servers.info import Features
-from .completion import Completion
-from .partial import joined, sampling_left
+from .completion import Completion, joined
+from .partial import sampling_left
 from .request import GenerateRequest
 from .room import num_tokens, room_for
 

@@ -1,4 +1,4 @@
-"""A call of the policy that goes on with the aborted rows of a call before."""
+"""Goes on with the aborted rows of an earlier call of the policy."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 
 from ..errors import ConfigError, InputError
-from ..generate.completion import Completion, VersionSpan
-from ..generate.partial import joined, sampling_left
+from ..generate.completion import Completion, joined, spans_of
+from ..generate.partial import sampling_left
 from ..generate.request import GenerateRequest
 from ..generate.room import room_for
 from ..generate.seeds import own_seeds
-from ..servers.info import INITIAL_VERSION
 from ..service.service import AsyncSGLang
 from .arguments import Settled, flattened, unflattened
-from .call import Call, exact, updated_options
+from .call import exact, updated_options
+from .outputs.writer import RowWriter
 from .prompts.padding import below, rows_of
 from .prompts.read import read_prompts
 from .requests.rows import ROW_OPTIONS, make_requests, read_row_options
 from .requests.stops import cut_after, take_over
 
 
-class ResumedCall(Call):
-    """Goes on with the rows whose finish reason is ``"abort"``.
+class Resuming:
+    """A call that goes on with the rows whose finish reason is ``"abort"``.
 
     Attributes:
         requests: one per aborted row, in order.
@@ -42,11 +42,12 @@ class ResumedCall(Call):
         service: AsyncSGLang,
         kwargs: Mapping[str, Any],
     ) -> None:
+        flat = flattened(td)
         self._batch_size = td.batch_size
         self._settled = settled
         call = replace(settled.call, sampling=replace(settled.call.sampling, n=1))
-        self._options = updated_options(call, kwargs, replace(settled, num_samples=None))
-        flat = flattened(td)
+        self._options = updated_options(call, kwargs, None)
+        self._writer = RowWriter(settled, self._options.sampling)
         self._before = flat
         ids, parts = _read_parts(flat, settled)
         longest = service.max_input_len if self._options.fit_context else None
@@ -99,6 +100,9 @@ class ResumedCall(Call):
             processor = request.processor.after(len(self._parts[index].output_ids))
         return replace(request, processor=processor)
 
+    def arrive(self, completions: Sequence[Completion]) -> None:
+        """Does nothing: what arrives is but the second part of a row."""
+
     def outputs(self, completions: Sequence[Completion]) -> TensorDictBase:
         """All rows; those that were aborted with both of their parts."""
         fresh = iter(exact(self.requests, completions, self._options))
@@ -106,7 +110,7 @@ class ResumedCall(Call):
             self._whole(part, next(fresh), index) if part.finish_type == "abort" else part
             for index, part in enumerate(self._parts)
         ]
-        out = self._rows(self._prompts, whole)
+        out = self._writer.rows(self._prompts, whole)
         for row, before, part in zip(
             out.unbind(0), self._before.unbind(0), self._parts, strict=True
         ):
@@ -176,7 +180,7 @@ def _read_parts(flat: TensorDictBase, settled: Settled) -> tuple[list[list[int]]
             matched_stop=None,
             prompt_tokens=len(ids[-1]),
             cached_tokens=0,
-            version_spans=_spans(version[answer].tolist()),
+            version_spans=spans_of(version[answer].tolist()),
         )
         if settled.info.extras:
             part = _with_extras(
@@ -245,15 +249,3 @@ def _reasons(flat: TensorDictBase, key: NestedKey | None) -> list[Any]:
     if reasons is None:
         raise InputError(f"resume reads the finish reasons under {key!r}, which are missing.")
     return reasons if isinstance(reasons, list) else list(reasons.tolist())
-
-
-def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
-    """Runs of equal versions."""
-    spans: list[VersionSpan] = []
-    start = 0
-    for index in range(1, len(versions) + 1):
-        if index == len(versions) or versions[index] != versions[start]:
-            name = INITIAL_VERSION if versions[start] == 0 else str(versions[start])
-            spans.append(VersionSpan(version=name, start=start, end=index))
-            start = index
-    return tuple(spans)

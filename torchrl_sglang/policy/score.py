@@ -14,32 +14,56 @@ from torchrl.modules.llm.policies import ChatHistory, LogProbs, Masks, Text, Tok
 from ..errors import ConfigError, ResponseError, UnsupportedOptionError
 from ..generate.completion import Completion
 from ..generate.request import GenerateRequest
-from ..generate.sampling import DISTRIBUTION, SamplingParams
+from ..service.service import AsyncSGLang
+from .arguments import Settled, flattened, unflattened
 from .outputs.tensors import Columns, OutputSpec, as_floats, as_ids, stacked
 from .outputs.texts import non_tensor
 from .prompts.media import MEDIA_OPTIONS, media_of
 from .prompts.padding import attended, attention_masks, below, id_rows, pads_of, values_of
-from .prompts.read import Prompts, PromptSpec
-from .requests.rows import ROW_OPTIONS, CallOptions, given_rids
+from .prompts.read import Prompts, PromptSpec, read_prompts
+from .requests.rows import (
+    ROW_OPTIONS,
+    CallOptions,
+    check_scoring,
+    given_rids,
+    overlaid,
+    read_row_options,
+)
 
-# What changes the distribution, and can't be had when a prompt is scored.
-NOT_SCORED = (*DISTRIBUTION, "logit_bias", "min_new_tokens")
 
+class Scoring:
+    """A call that scores what is there.
 
-def check_scoring(sampling: SamplingParams, processor: Any = None) -> None:
-    """Raises `UnsupportedOptionError` for an option that scoring can't follow.
-
-    SGLang scores prompts at temperature 1, without penalties, biases, grammars or truncation.
+    Attributes:
+        requests: what to send, one per row of the flattened input.
     """
-    neutral = SamplingParams()
-    changed = [n for n in NOT_SCORED if getattr(sampling, n) != getattr(neutral, n)]
-    if processor is not None:
-        changed.append("processor")
-    if changed:
-        raise UnsupportedOptionError(
-            f"generate=False scores at temperature 1 and can't follow {', '.join(changed)}: leave "
-            "that out. To score at another temperature, use a TransformersWrapper."
-        )
+
+    def __init__(
+        self,
+        td: TensorDictBase,
+        settled: Settled,
+        service: AsyncSGLang,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        flat = flattened(td)
+        self._batch_size = td.batch_size
+        self._outputs = settled.outputs
+        options = settled.call
+        if kwargs:
+            options = overlaid(options, kwargs)
+            check_scoring(options.sampling, options.processor)
+        self._prompts = read_prompts(flat, settled.prompts)
+        rows = read_row_options(flat, settled.sampling_key)
+        self._places = read_places(flat, self._prompts, settled.prompts)
+        self.requests = scoring_requests(self._prompts, rows, options)
+
+    def arrive(self, completions: Sequence[Completion]) -> None:
+        """Does nothing: scores become rows all at once."""
+
+    def outputs(self, completions: Sequence[Completion]) -> TensorDictBase:
+        """The scores, in the input's batch dimensions."""
+        scores = build_scores(self._prompts, completions, self._places, self._outputs)
+        return unflattened(scores, self._batch_size, None)
 
 
 def scoring_requests(

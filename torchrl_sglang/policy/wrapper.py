@@ -21,11 +21,10 @@ from ..generate.completion import Completion
 from ..generate.request import LogitProcessor
 from ..generate.sampling import SamplingParams
 from ..service.service import AsyncSGLang, find_service
-from .arguments import settle
-from .call import Call, shared_batcher
-from .resume import ResumedCall
-
-NOT_SETTINGS = ("self", "__class__", "service", "model")
+from .arguments import Arguments, settle
+from .call import Call, Sampling, shared_batcher
+from .resume import Resuming
+from .score import Scoring
 
 
 class SGLangWrapper(LLMWrapperBase):
@@ -146,11 +145,47 @@ class SGLangWrapper(LLMWrapperBase):
         rollout_key: NestedKey | None = "rollout",
         extras: Sequence[str] | Mapping[str, Any] = (),
     ) -> None:
-        given = {k: v for k, v in locals().items() if k not in NOT_SETTINGS}
         super().__init__()
         self.service = _service(service, model)
-        self._given = given
-        self._settled = settled = settle(given, self.service.info.tokenizer_path)
+        self._given = Arguments(
+            tokenizer=tokenizer,
+            input_mode=input_mode,
+            input_key=input_key,
+            attention_mask_key=attention_mask_key,
+            generate=generate,
+            generate_kwargs=generate_kwargs,
+            tokenizer_kwargs=tokenizer_kwargs,
+            pad_output=pad_output,
+            pad_model_input=pad_model_input,
+            inplace=inplace,
+            device=device,
+            layout=layout,
+            num_samples=num_samples,
+            chat_template_name=chat_template_name,
+            chat_template=chat_template,
+            return_log_probs=return_log_probs,
+            history_key=history_key,
+            text_key=text_key,
+            tokens_key=tokens_key,
+            masks_key=masks_key,
+            log_probs_key=log_probs_key,
+            batching=batching,
+            min_batch_size=min_batch_size,
+            max_batch_size=max_batch_size,
+            batching_timeout=batching_timeout,
+            prefer_tokens=prefer_tokens,
+            carry_turns=carry_turns,
+            continue_final_message=continue_final_message,
+            log_probs_mode=log_probs_mode,
+            processor=processor,
+            lora=lora,
+            sampling_key=sampling_key,
+            partial_rollouts=partial_rollouts,
+            fit_context=fit_context,
+            rollout_key=rollout_key,
+            extras=extras,
+        )
+        self._settled = settled = settle(self._given, self.service.info.tokenizer_path)
         self._device = torch.device(device) if device is not None else None
         self._batcher = shared_batcher(self.service, settled.batching)
         # What TorchRL and its users read of its own wrappers.
@@ -224,7 +259,7 @@ class SGLangWrapper(LLMWrapperBase):
             ServiceError: the servers refused, failed or did not answer in time.
         """
         self._check_target(tensordict, tensordict_out, self.num_samples)
-        call = Call(tensordict, self._settled, self.service, kwargs)
+        call = self._call(tensordict, kwargs)
         return self._place(tensordict, call.outputs(self._complete(call)), tensordict_out)
 
     async def agenerate(
@@ -248,7 +283,7 @@ class SGLangWrapper(LLMWrapperBase):
                 "without, or call this one in threads."
             )
         self._check_target(tensordict, tensordict_out, self.num_samples)
-        call = await asyncio.to_thread(Call, tensordict, self._settled, self.service, kwargs)
+        call = await asyncio.to_thread(self._call, tensordict, kwargs)
         completions = await self.service.acomplete(call.requests, call.arrive)
         out = await asyncio.to_thread(call.outputs, completions)
         return await asyncio.to_thread(self._place, tensordict, out, tensordict_out)
@@ -268,9 +303,13 @@ class SGLangWrapper(LLMWrapperBase):
             InputError: tokens, masks, log-probs or finish reasons are missing.
         """
         self._check_target(tensordict, None, None)
-        call = ResumedCall(tensordict, self._settled, self.service, kwargs)
+        call = Resuming(tensordict, self._settled, self.service, kwargs)
         completions = self._complete(call) if call.requests else []
         return self._place(tensordict, call.outputs(completions), None)
+
+    def _call(self, tensordict: TensorDictBase, kwargs: Mapping[str, Any]) -> Call:
+        kind = Sampling if self.generate else Scoring
+        return kind(tensordict, self._settled, self.service, kwargs)
 
     def _complete(self, call: Call) -> list[Completion]:
         if self._batcher is None:
@@ -339,7 +378,7 @@ class SGLangWrapper(LLMWrapperBase):
 
         Where ``input_mode`` or ``generate`` changes, ``input_key`` follows unless it is given.
         """
-        given = dict(self._given)
+        given = dict(vars(self._given))
         now = {"input_mode": self.input_mode, "generate": self.generate}
         if now != {name: kwargs.get(name, value) for name, value in now.items()}:
             given["input_key"] = None
@@ -406,17 +445,16 @@ class SGLangWrapper(LLMWrapperBase):
             batcher.release(run=flush)
 
 
-def _service(service: Any, model: Any) -> AsyncSGLang:
+def _service(service: AsyncSGLang | str | None, model: AsyncSGLang | str | None) -> AsyncSGLang:
     """The rollout service, under whichever of its two names it was given."""
     if (service is None) == (model is None):
         raise ConfigError("pass exactly one of service and model, which is TorchRL's name for it.")
     given = model if service is None else service
     if isinstance(given, str):
         given = find_service(given) or AsyncSGLang.connect(given)
-    if not hasattr(given, "complete"):  # as a service has it
+    if given is None or not hasattr(given, "complete"):  # as a service has it
         raise ConfigError(
             f"service must be an AsyncSGLang or the URL of a router or server, got "
             f"{type(given).__name__}."
         )
-    found: AsyncSGLang = given
-    return found
+    return given

@@ -7,7 +7,6 @@ import json
 import re
 import secrets
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..errors import (
     RequestTimeoutError,
     ServerFailedError,
     ServiceError,
+    warn,
 )
 from .control import ControlClient
 from .http import path_hint
@@ -138,12 +138,10 @@ def _members(
     if not members:
         raise ConnectError(f"can't attach to {url}: {_told(silent)}")
     if silent:
-        warnings.warn(
+        warn(
             f"{url} is used without those of its servers that don't answer: {_told(silent)}. Call "
             "refresh() once they do. A push of weights takes those that it does not reach out of "
-            "the router.",
-            RuntimeWarning,
-            stacklevel=2,
+            "the router."
         )
     return members
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import enum
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from ..errors import (
     RequestTimeoutError,
     ServiceBrokenError,
     ServiceClosedError,
+    warn,
 )
 
 # How long a push waits for requests whose bodies are being written when it begins. They are not
@@ -90,11 +90,9 @@ class UpdateGate:
         """
         first = self.pusher
         if first is not None and first is not pusher and first.give_way(pusher):
-            warnings.warn(
+            warn(
                 f"{pusher!r} takes the place of {first!r}, which is closed: one weight sync pushes "
-                "to a service at a time. close() the first one to avoid this warning.",
-                RuntimeWarning,
-                stacklevel=2,
+                "to a service at a time. close() the first one to avoid this warning."
             )
         self.claim(pusher)
 

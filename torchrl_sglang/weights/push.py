@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -23,6 +22,7 @@ from ..errors import (
     PushError,
     SGLangError,
     WeightsError,
+    warn,
 )
 from ..servers.gate import ServiceState
 from ..servers.members import Servers
@@ -142,7 +142,7 @@ class FullPusher:
             self._connected = False
             self.link.leave()
         if failed is not None:
-            warnings.warn(f"the last weight push failed: {failed}", RuntimeWarning, stacklevel=2)
+            warn(f"the last weight push failed: {failed}")
 
     def push(
         self,

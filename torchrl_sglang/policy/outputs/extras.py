@@ -11,14 +11,10 @@ import torch
 from tensordict import NestedKey, TensorDict
 
 from ...errors import ConfigError, ResponseError, UnsupportedOptionError
-from ...generate.completion import Completion
+from ...generate.completion import NO_VERSION, Completion, version_number
 from ...generate.request import Returns
-from ...servers.info import INITIAL_VERSION
 from .tensors import Rows, as_floats, as_ids
 from .texts import non_tensor
-
-# At prompt tokens and padding, in rows without a token, and where a server's version is no number.
-NO_VERSION = -1
 
 # Extras that take a value, and those that are on or off.
 EXTRAS = (
@@ -109,13 +105,6 @@ def _last_version(completion: Completion) -> int:
     """A row that was aborted in the server's queue may name a version that sampled nothing."""
     version = completion.weight_version if completion.output_ids else None
     return NO_VERSION if version is None else version_number(version)
-
-
-def version_number(version: str) -> int:
-    """A version as a number: 0 for the weights that a server loaded itself."""
-    if version == INITIAL_VERSION:
-        return 0
-    return int(version) if version.isdecimal() else NO_VERSION
 
 
 def token_versions(completion: Completion) -> torch.Tensor:

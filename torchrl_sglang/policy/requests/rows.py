@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,11 +17,12 @@ from tensordict import (
     is_tensor_collection,
 )
 
-from ...errors import ConfigError, InputError, UnsupportedOptionError
+from ...errors import ConfigError, InputError, UnsupportedOptionError, warn
 from ...generate.processors.make import allowed_tokens, combined
 from ...generate.request import GenerateRequest, LogitProcessor, Returns
-from ...generate.sampling import SamplingParams
+from ...generate.sampling import DISTRIBUTION, SamplingParams
 from ...servers.info import Features
+from ...service.service import AsyncSGLang
 from ..prompts.media import MEDIA_OPTIONS, Media, media_of, row_media
 from ..prompts.read import Prompts
 
@@ -34,6 +34,10 @@ ROW_OPTIONS = ("action_mask", "lora", "session", "rid", *MEDIA_OPTIONS)
 
 # Sampling options that change the text alone.
 TEXT_OPTIONS = ("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
+
+
+# What changes the distribution, and can't be had when a prompt is scored.
+NOT_SCORED = (*DISTRIBUTION, "logit_bias", "min_new_tokens")
 
 
 class BehaviourLogProbWarning(UserWarning):
@@ -65,6 +69,15 @@ class CallOptions:
     fit_context: bool = True
 
 
+def overlaid(options: CallOptions, kwargs: Mapping[str, Any]) -> CallOptions:
+    """The options of a policy under those of one call, which are not checked yet."""
+    own = dict(kwargs)
+    lora = own.pop("lora", options.lora)
+    processor = own.pop("processor", options.processor)
+    sampling = options.sampling.updated(own, ("lora", "processor"))
+    return replace(options, sampling=sampling, lora=lora, processor=processor)
+
+
 def check_log_probs_mode(mode: Any) -> LogProbsMode | None:
     """Raises `ConfigError` for an unknown mode."""
     if mode is None or mode in LOG_PROBS_MODES:
@@ -92,21 +105,43 @@ def check_log_probs(options: CallOptions) -> None:
             )
     elif sampling.truncates:
         verb = "truncates" if len(sampling.truncates) == 1 else "truncate"
-        warnings.warn(
+        warn(
             f"{', '.join(sampling.truncates)} {verb} the distribution that is sampled from, but "
             "the log-probs that SGLang reports are those before truncation: importance ratios "
             "computed from them are biased. Use log_probs_mode='corrected', or 'reported' if that "
             "is what you want.",
             BehaviourLogProbWarning,
-            stacklevel=4,
+        )
+
+
+def check_scoring(sampling: SamplingParams, processor: Any = None) -> None:
+    """Raises `UnsupportedOptionError` for an option that scoring can't follow.
+
+    SGLang scores prompts at temperature 1, without penalties, biases, grammars or truncation.
+    """
+    neutral = SamplingParams()
+    changed = [n for n in NOT_SCORED if getattr(sampling, n) != getattr(neutral, n)]
+    if processor is not None:
+        changed.append("processor")
+    if changed:
+        raise UnsupportedOptionError(
+            f"generate=False scores at temperature 1 and can't follow {', '.join(changed)}: leave "
+            "that out. To score at another temperature, use a TransformersWrapper."
         )
 
 
 def make_requests(
-    prompts: Prompts, row_options: Sequence[Mapping[str, Any]], options: CallOptions, service: Any
+    prompts: Prompts,
+    row_options: Sequence[Mapping[str, Any]],
+    options: CallOptions,
+    service: AsyncSGLang,
 ) -> list[GenerateRequest]:
-    """One request per prompt; errors as in `row_request`."""
-    features: Features = service.info.features
+    """One request per prompt.
+
+    Raises:
+        ConfigError, InputError: an option that a row can't have; its note names the row.
+    """
+    features = service.info.features
     if options.log_probs_mode == "corrected":
         options = corrected(options, features)
     media = _media(prompts)
@@ -156,14 +191,13 @@ def given_rids(row_options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def _in_session(
-    service: Any, ids: Sequence[int], fields: Mapping[str, Any], index: int
+    service: AsyncSGLang, ids: Sequence[int], fields: Mapping[str, Any], index: int
 ) -> GenerateRequest:
     try:
-        request: GenerateRequest = service.sessions.request(ids, **fields)
+        return service.sessions.request(ids, **fields)
     except (ConfigError, InputError) as error:
         error.add_note(f"row {index} of the batch")
         raise
-    return request
 
 
 def _media(prompts: Prompts) -> Sequence[Media | None]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...generate.completion import Completion, VersionSpan
+from ...generate.completion import Completion, cut
 from ...generate.request import GenerateRequest
 from ...servers.info import Features
 from ..outputs.texts import decode
@@ -72,27 +72,5 @@ def cut_after(
     lengths = range(done + 1, len(ids) + 1)
     length = lengths[bisect.bisect_left(lengths, True, key=lambda n: found(n) is not None)]
     return replace(
-        shortened(completion, length), finish_type="stop", matched_stop=found(length), text=None
+        cut(completion, length), finish_type="stop", matched_stop=found(length), text=None
     )
-
-
-def shortened(completion: Completion, length: int) -> Completion:
-    """The first tokens of a completion, and what belongs to them."""
-    return replace(
-        completion,
-        output_ids=completion.output_ids[:length],
-        log_probs=_first(completion.log_probs, length),
-        top_log_probs=_first(completion.top_log_probs, length),
-        sampling_mask=_first(completion.sampling_mask, length),
-        sampling_log_probs=_first(completion.sampling_log_probs, length),
-        hidden_states=_first(completion.hidden_states, length),
-        version_spans=tuple(
-            VersionSpan(version=span.version, start=span.start, end=min(span.end, length))
-            for span in completion.version_spans
-            if span.start < length
-        ),
-    )
-
-
-def _first(values: Any, length: int) -> Any:
-    return None if values is None else values[:length]
