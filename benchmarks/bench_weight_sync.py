@@ -162,7 +162,7 @@ class Bench:
             if self.args.device == "cuda":
                 torch.cuda.synchronize(self.device)
 
-        if engines.has_session:
+        if engines.takes_begin_end:
             engines.begin()
         pushes = [timed(push)[0] for _ in range(num_pushes + self.args.warmup)]
         engines.end()

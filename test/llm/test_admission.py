@@ -41,7 +41,7 @@ from torchrl_sglang.errors import (
     ServiceBrokenError,
 )
 from torchrl_sglang.generate import client as data_client
-from torchrl_sglang.generate.in_flight import Calls
+from torchrl_sglang.generate.in_flight import InFlight
 from torchrl_sglang.servers.control import ControlClient
 from torchrl_sglang.servers.gate import UpdateGate
 from torchrl_sglang.servers.health import Looks, is_paused, looks_of
@@ -514,7 +514,7 @@ def test_it_waits_for_those_that_answer(service: AsyncSGLang, deaf: ControlClien
     assert [looks_of(each) for each in (deaf, service.workers[0])] == [Looks.SILENT, Looks.ANSWERS]
 
     async def wait(*workers: ControlClient) -> None:
-        calls = Calls(UpdateGate(), lambda: workers, timeouts, NothingDied())
+        calls = InFlight(UpdateGate(), lambda: workers, timeouts, NothingDied())
         async with calls.bounded(8.0):
             await asyncio.sleep(7.0)
 

@@ -94,7 +94,9 @@ def test_a_key_that_is_refused_is_known_before_anything_is_begun(
     proxied: AsyncSGLang, proxy: FaultProxy, model: Any, made: Make, status: int, method: str
 ) -> None:
     scheme = made(proxied, config=WeightSyncConfig(method=method))  # type: ignore[arg-type]
-    route = {"broadcast": "/update_weights_from_distributed"}.get(method, f"/update_weights_from_{method}")
+    route = {"broadcast": "/update_weights_from_distributed"}.get(
+        method, f"/update_weights_from_{method}"
+    )
     proxy.faults[route] = Fault(status=status)
     proxy.seen.clear()
     with pytest.raises(PushError, match=f"step 'connect', engine .* answered {status}"):

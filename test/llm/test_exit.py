@@ -95,7 +95,10 @@ CASES = {
     "a bucket is refused": Case(PUSHED, {GIVING["announce"]: Fault(status=400, after=1)}),
     "a push still under way": Case(PUSHED, config={"non_blocking": True}, error=""),
     "a push under way, which fails": Case(
-        PUSHED, {GIVING["announce"]: Fault(delay_s=0.5, cut=True, after=1)}, {"non_blocking": True}, error=""
+        PUSHED,
+        {GIVING["announce"]: Fault(delay_s=0.5, cut=True, after=1)},
+        {"non_blocking": True},
+        error="",
     ),
     "connected, and left so": Case(error=""),
     "never connected": Case("pass", error=""),

@@ -295,11 +295,11 @@ def test_a_probe_that_fails_leaves_no_session_open(
     scheme = connected(proxied)
     carrier = scheme.pusher.link.carrier
     assert isinstance(carrier, Broadcast)
-    carrier._probe()
+    carrier._first_broadcast()
     proxy.faults[ROUTE] = Fault(status=500, times=1)
     proxy.seen.clear()
     with pytest.raises(PushError, match="NCCL_CUMEM_ENABLE") as caught:
-        carrier._probe()
+        carrier._first_broadcast()
     assert caught.value.step == "init"
     wait_until(lambda: any(path == "/end_weight_update" for path, _ in proxy.seen))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import make_model, make_tokenizer
 
-from torchrl_sglang.weights.layout import EMBEDDING, HEAD, Rank, parts_of
+from torchrl_sglang.weights.layout import EMBEDDING, HEAD, Rank, sources_of
 from torchrl_sglang.weights.source.expected import Dtypes
 from torchrl_sglang.weights.source.named import named_weights
 from torchrl_sglang.weights.verify.checksums import (
@@ -117,7 +117,7 @@ def test_tensor_hash(tensor: torch.Tensor, raw: bytes) -> None:
     ],
 )
 def test_parts_of_a_fused_parameter(name: str, parts: list[str]) -> None:
-    assert parts_of(name) == parts
+    assert sources_of(name) == parts
 
 
 def test_equal_weights_have_no_mismatch(weights: dict[str, torch.Tensor]) -> None:
@@ -133,7 +133,7 @@ def test_one_flipped_bit_is_found_by_name(weights: dict[str, torch.Tensor], kind
         for index, bit in ((0, 0), (-1, 15)):
             wrong = wrong_names(sums, with_one_bit_flipped(weights, name, index, bit))
             assert len(wrong) == 1
-            assert name in parts_of(wrong[0])
+            assert name in sources_of(wrong[0])
 
 
 def test_a_parameter_that_kept_its_old_value_is_found(weights: dict[str, torch.Tensor]) -> None:
@@ -141,7 +141,7 @@ def test_a_parameter_that_kept_its_old_value_is_found(weights: dict[str, torch.T
     sent = {name: tensor * 2 for name, tensor in weights.items()}
     for kept in (f"{ATTENTION}v_proj.weight", f"{MLP}down_proj.weight", EMBEDDING):
         (wrong,) = wrong_names(server({**sent, kept: weights[kept]}), sent)
-        assert kept in parts_of(wrong)
+        assert kept in sources_of(wrong)
 
 
 def test_parts_in_another_order_are_found(weights: dict[str, torch.Tensor]) -> None:

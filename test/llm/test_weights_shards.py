@@ -23,8 +23,8 @@ from torchrl_sglang.weights.layout import (
     Heads,
     Rank,
     heads_of,
-    parts_of,
     shard_of,
+    sources_of,
     why_unknown,
 )
 from torchrl_sglang.weights.source.expected import Dtypes, expected_model, model_config
@@ -85,7 +85,7 @@ SERVED = [
 def test_slices(name: str, tp_rank: int, tp_size: int, expected: list[tuple[int, ...]]) -> None:
     shard = shard_of(name, SHAPES, Rank(tp_rank=tp_rank, tp_size=tp_size, heads=HEADS))
     assert [(part.dim, part.start, part.length) for part in shard.slices] == expected
-    assert [part.name for part in shard.slices] == parts_of(name)
+    assert [part.name for part in shard.slices] == sources_of(name)
     assert shard.zero_rows == 0
 
 
@@ -132,8 +132,8 @@ def test_ranks_hold_everything_once(tp_size: int) -> None:
 
 def test_a_head_that_was_not_sent_is_tied() -> None:
     shapes = {EMBEDDING: (64, 4)}
-    assert parts_of(HEAD, shapes) == [EMBEDDING]
-    assert parts_of(HEAD, {**shapes, HEAD: (64, 4)}) == [HEAD]
+    assert sources_of(HEAD, shapes) == [EMBEDDING]
+    assert sources_of(HEAD, {**shapes, HEAD: (64, 4)}) == [HEAD]
     assert shard_of(HEAD, shapes, Rank(tp_rank=0, tp_size=1)).slices[0].name == EMBEDDING
 
 

@@ -36,7 +36,7 @@ from ..servers.gate import UpdateGate
 from ..servers.http import backoff_s, bearer, normalise_url, refusal
 from .admission import Admission, Ticket
 from .completion import Completion
-from .in_flight import Calls
+from .in_flight import InFlight
 from .parse import Group, never_ran, parse_completions
 from .request import GenerateRequest, passes_router
 from .room import fitted_to_refusal
@@ -87,7 +87,9 @@ class DataClient:
         calls: those under way on the same event loop.
     """
 
-    def __init__(self, url: str, *, api_key: str | None, timeouts: Timeouts, calls: Calls) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None, timeouts: Timeouts, calls: InFlight
+    ) -> None:
         self._base = normalise_url(url)
         self._headers = {**bearer(api_key), "Content-Type": "application/json"}
         self._timeouts = timeouts

@@ -30,7 +30,7 @@ from .admission import Admission, salt_of
 from .check import check_features, check_ids
 from .client import Batch, DataClient
 from .completion import Completion
-from .in_flight import Calls
+from .in_flight import InFlight
 from .loop import BackgroundLoop, closed_meanwhile, result_of
 from .parse import Group
 from .request import GenerateRequest, requests_of, to_requests
@@ -70,7 +70,7 @@ class Generator:
             self._check_open()
             if self._loop is None or self._data is None:
                 self._loop = BackgroundLoop("torchrl_sglang")
-                calls = Calls(
+                calls = InFlight(
                     servers.gate, lambda: servers.known_workers, servers.timeouts, servers
                 )
                 self._data = DataClient(
@@ -377,14 +377,14 @@ class Generator:
             batch = own_seeds(batch)
         places = range(len(batch)) if positions is None else positions
         groups: dict[int, Group] = {}
-        with self.sessions.turns(batch) as turns:
+        with self.sessions.held_each(batch) as held:
 
             def end(index: int, group: Group) -> None:
-                groups[index] = turns.end(index, group)
+                groups[index] = held.end(index, group)
                 if arrive is not None:
                     arrive(index, groups[index])
 
-            for index, error in (self._refused(batch, places) | turns.refused).items():
+            for index, error in (self._refused(batch, places) | held.refused).items():
                 end(index, error)
             left = [index for index in range(len(batch)) if index not in groups]
             if left:

@@ -40,7 +40,7 @@ class Recovery(Protocol):
         """
 
 
-class Calls:
+class InFlight:
     """The calls under way on one event loop.
 
     A server that is paused keeps every request, and says nothing, for as long as it is paused. So

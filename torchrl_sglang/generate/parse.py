@@ -12,7 +12,6 @@ from .completion import Completion, VersionSpan
 from .experts import as_sampled
 from .request import GenerateRequest
 
-NAN = float("nan")
 MINUS_INFINITY = float("-inf")
 # To keep what an aborted request has, instead of raising.
 KEEP_PARTS = (
@@ -203,7 +202,7 @@ def _input_log_probs(meta: Mapping[str, Any], request: GenerateRequest) -> list[
             f"request {request.rid}: log-probs for {len(ids)} prompt tokens do not belong to the "
             f"{meta['prompt_tokens']} ids of the prompt."
         )
-    return [NAN, *_finite([row[0] for row in rows[1:]], request, "of the prompt", first=1)]
+    return [math.nan, *_finite([row[0] for row in rows[1:]], request, "of the prompt", first=1)]
 
 
 def _same_prompt(ids: list[int], expected: list[int]) -> bool:

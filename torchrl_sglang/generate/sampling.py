@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..config import is_number
 from ..errors import ConfigError, UnsupportedOptionError
 from .sampling_names import canonical, no_mapping
 
@@ -236,10 +236,6 @@ def _as_json(name: str, value: Any) -> str | None:
         raise UnsupportedOptionError(f"{name}={value!r:.200}: is no JSON ({error}).") from error
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -276,7 +272,7 @@ def _biases(value: Any) -> bool:
     if value is None:
         return True
     return isinstance(value, Mapping) and all(
-        _count(token_id) and token_id >= 0 and _number(bias) for token_id, bias in value.items()
+        _count(token_id) and token_id >= 0 and is_number(bias) for token_id, bias in value.items()
     )
 
 
@@ -290,13 +286,13 @@ _GRAMMAR = (_text, "a non-empty string of Unicode characters or None")
 _RULES: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (lambda v: _count(v) and v >= 1, "an integer >= 1"),
     "min_new_tokens": (lambda v: _count(v) and v >= 0, "an integer >= 0"),
-    "temperature": (lambda v: _number(v) and v >= 0, "a number >= 0"),
-    "top_p": (lambda v: _number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    "temperature": (lambda v: is_number(v) and v >= 0, "a number >= 0"),
+    "top_p": (lambda v: is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
     "top_k": (lambda v: _count(v) and (v == -1 or v >= 1), "an integer >= 1, or -1 for all"),
-    "min_p": (lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
-    "repetition_penalty": (lambda v: _number(v) and 0 < v <= 2, "a number in (0, 2]"),
-    "frequency_penalty": (lambda v: _number(v) and -2 <= v <= 2, "a number in [-2, 2]"),
-    "presence_penalty": (lambda v: _number(v) and -2 <= v <= 2, "a number in [-2, 2]"),
+    "min_p": (lambda v: is_number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+    "repetition_penalty": (lambda v: is_number(v) and 0 < v <= 2, "a number in (0, 2]"),
+    "frequency_penalty": (lambda v: is_number(v) and -2 <= v <= 2, "a number in [-2, 2]"),
+    "presence_penalty": (lambda v: is_number(v) and -2 <= v <= 2, "a number in [-2, 2]"),
     "logit_bias": (_biases, "a mapping of token ids to numbers, such as {42: -5.0}, or None"),
     "stop": (_strings, f"at most {MAX_STOPS} non-empty strings of Unicode characters"),
     "stop_token_ids": (lambda v: all(_count(i) and i >= 0 for i in v), "integers >= 0"),

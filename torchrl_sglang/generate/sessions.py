@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from ..config import is_count
 from ..errors import (
     ConfigError,
     InputError,
@@ -261,19 +262,19 @@ class Sessions:
             yield ended
 
     @contextlib.contextmanager
-    def turns(self, batch: Sequence[GenerateRequest]) -> Iterator[Turns]:
-        """Same as `held`, but a session that can't go on leaves the others alone; see `Turns`."""
-        turns = Turns(batch)
+    def held_each(self, batch: Sequence[GenerateRequest]) -> Iterator[HeldSessions]:
+        """Same as `held`, but a session that can't go on leaves the others alone."""
+        held = HeldSessions(batch)
         for index, request in enumerate(batch):
             if request.session is not None:
                 try:
-                    turns.begin(index, self.find(request.session.session_id))
+                    held.begin(index, self.find(request.session.session_id))
                 except (ConfigError, InputError) as error:
-                    turns.refused[index] = error
+                    held.refused[index] = error
         try:
-            yield turns
+            yield held
         finally:
-            turns.give_up()
+            held.give_up()
 
     def close(self) -> None:
         """Closes every session; servers that are gone hold none any more."""
@@ -293,8 +294,8 @@ class Sessions:
         self._open = {k: s for k, s in self._open.items() if not s.closed}
 
 
-class Turns:
-    """The turns of a batch's requests in their sessions, each ended as soon as its request is.
+class HeldSessions:
+    """Holds the sessions of a batch's requests, each until its own request has ended.
 
     Attributes:
         refused: why sessions can't go on, by the request's index.
@@ -333,7 +334,7 @@ def _opening(session_id: Any, capacity: Any, timeout_s: float | None) -> dict[st
     """The body of a request for a session; raises `ConfigError` for what can't be asked for."""
     if session_id is not None and (not is_text(session_id) or not session_id):
         raise ConfigError(f"session_id={session_id!r:.100}: must be a string, not empty.")
-    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+    if not is_count(capacity):
         raise ConfigError(f"capacity_of_str_len={capacity!r:.100}: must be an integer >= 1.")
     body: dict[str, Any] = {"capacity_of_str_len": capacity}
     if session_id is not None:

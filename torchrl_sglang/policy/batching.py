@@ -11,6 +11,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from ..config import is_count
 from ..errors import ConfigError, ServiceError
 
 Item = TypeVar("Item")
@@ -34,8 +35,7 @@ class BatchingConfig:
     def __post_init__(self) -> None:
         for name in ("min_size", "max_size"):
             value = getattr(self, name)
-            valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not valid and not (name == "max_size" and value is None):
+            if not is_count(value) and not (name == "max_size" and value is None):
                 raise ConfigError(f"{name.replace('size', 'batch_size')} must be >= 1: {value!r}.")
         if self.max_size is not None and self.min_size > self.max_size:
             raise ConfigError(

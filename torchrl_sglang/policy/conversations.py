@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,7 +26,6 @@ from .prompts.padding import below
 Rewards = Literal["sum", "turns"]
 REWARDS: tuple[Rewards, ...] = ("sum", "turns")
 NOT_SAMPLED = -1  # in place of a turn or a version
-NAN = float("nan")
 
 # Of a step, what is made anew, or is not the conversation's.
 _MADE = ("tokens", "masks", "log_probs", "text", "history", "rollout")
@@ -221,7 +221,7 @@ def _row(
     first, last = row.turns[0].step, row.turns[-1].step
     ids = row.turns[-1].ids
     turn_of = torch.full(ids.shape, NOT_SAMPLED, dtype=torch.int64, device="cpu")
-    log_probs = torch.full(ids.shape, NAN, dtype=torch.float32, device="cpu")
+    log_probs = torch.full(ids.shape, math.nan, dtype=torch.float32, device="cpu")
     versions = torch.full(ids.shape, NOT_SAMPLED, dtype=torch.int64, device="cpu")
     for number, turn in enumerate(row.turns):
         where = turn.sampled.nonzero().squeeze(-1)

@@ -104,7 +104,7 @@ class AsyncSGLang(RLSGLangEngine):
         self._url = str(server_url)
         try:
             self._make_local(fleet)
-            self.servers.cluster  # noqa: B018  # attaches now, so that a wrong URL raises here
+            self.servers.attach()  # now, so that a wrong URL raises here
         except BaseException:
             self._own.close()
             raise

@@ -174,12 +174,15 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             )
         return find_service(url, **self._keys) or AsyncSGLang.connect(url, **self._keys)
 
-    @property
-    def service(self) -> AsyncSGLang:
-        """The servers; raises `NotConnectedError` where none were named yet."""
+    def _check_named(self) -> AsyncSGLang:
         if self._service is None:
             raise NotConnectedError(NO_SERVERS)
         return self._service
+
+    @property
+    def service(self) -> AsyncSGLang:
+        """The servers; raises `NotConnectedError` where none were named yet."""
+        return self._check_named()
 
     @property
     def pusher(self) -> Pusher:
@@ -265,7 +268,7 @@ class SGLangWeightSyncScheme(WeightSyncScheme):
             TopologyError: a server can't take part.
             PushError: a server refused, or did not come.
         """
-        self.service  # noqa: B018  # raises where there is none
+        self._check_named()
         if not self.initialized_on_sender:
             self.init_on_sender()
         if self.synchronized_on_sender:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import SyncMethod, Timeouts, WeightSyncConfig
+from ..config import SyncLayout, SyncMethod, Timeouts, WeightSyncConfig
 from ..errors import ConfigError, EngineLostError
 from ..servers.control import ControlClient
 from ..servers.hosts import is_here
@@ -18,7 +18,6 @@ from .carry.broadcast import Broadcast, sending_device
 from .carry.carrier import Carrier
 from .carry.disk import DiskCarrier
 from .carry.memory import TensorCarrier
-from .carry.payload import Layout
 from .targets import Targets
 
 
@@ -224,7 +223,7 @@ def make_carrier(
     device: torch.device,
     address: str,
     port: int | None,
-    layout: Layout,
+    layout: SyncLayout,
     folder: str | None,
     model_path: str,
     timeouts: Timeouts,

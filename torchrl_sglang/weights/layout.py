@@ -90,7 +90,7 @@ class Shard:
     zero_rows: int = 0
 
 
-def parts_of(server_name: str, known: Collection[str] = ()) -> list[str]:
+def sources_of(server_name: str, known: Collection[str] = ()) -> list[str]:
     """The checkpoint's names behind one parameter of the server.
 
     Args:
@@ -152,7 +152,7 @@ def shard_of(server_name: str, shapes: Shapes, rank: Rank) -> Shard:
     Raises:
         KeyError: a part was not sent.
     """
-    parts = parts_of(server_name, shapes)
+    parts = sources_of(server_name, shapes)
     if server_name in (EMBEDDING, HEAD):
         return _vocab_shard(parts[0], shapes[parts[0]][0], rank)
     if parts[0].endswith(ROW_PARALLEL) and rank.tp_size > 1:
@@ -194,7 +194,7 @@ def _padded(count: int, multiple: int) -> int:
 
 
 def _parts(server_names: Iterable[str], shapes: Shapes) -> set[str]:
-    return {part for name in server_names for part in parts_of(name, shapes)}
+    return {part for name in server_names for part in sources_of(name, shapes)}
 
 
 def ignored(server_names: Iterable[str], shapes: Shapes) -> list[str]:

@@ -15,7 +15,7 @@ from ..servers.info import WorkerInfo
 from .buckets import Bucket, plan_buckets, spec_of
 from .source.checkpoint import as_written
 from .source.expected import Dtypes, Expected, expected_model, model_config, served_dtype
-from .source.lazy import parts_of
+from .source.lazy import placeholders
 from .source.merged import MergedWeights, adapter_parameters, has_adapters, tuned_layers
 from .source.named import check_finite, check_no_nan, matched, named_weights, unwrap
 from .source.sharded import ShardedWeights, is_sharded
@@ -105,7 +105,7 @@ def make_plan(
         verifier.refuse_impossible()
         if copy:
             verifier.prepare()
-    specs = [spec_of(name, part, dtypes.of(name)) for name, part in parts_of(sent).items()]
+    specs = [spec_of(name, part, dtypes.of(name)) for name, part in placeholders(sent).items()]
     return Plan(
         weights=sent,
         sharded=sharded,

@@ -310,7 +310,11 @@ class FullPusher:
 
     def _may_be_in_session(self, error: BaseException) -> bool:
         carrier, targets = self.link.carrier, self.link.targets
-        if carrier is None or targets is None or not (carrier.in_session and targets.has_session):
+        if (
+            carrier is None
+            or targets is None
+            or not (carrier.begins_and_ends and targets.takes_begin_end)
+        ):
             return False
         step = error.step if isinstance(error, PushError) else None
         return step in ("transfer", "end") or not isinstance(error, SGLangError)
@@ -428,13 +432,13 @@ def attempt(
     with timer.measure("flush"):
         flushed = config.flushes and targets.flush()
     with timer.measure("begin"):
-        if carrier.in_session:
+        if carrier.begins_and_ends:
             targets.begin()
     sent_at = time.perf_counter()
     layout = carrier.transfer(plan.buckets, plan.weights, timer)
     push_s = time.perf_counter() - sent_at
     with timer.measure("end"):
-        if carrier.in_session:
+        if carrier.begins_and_ends:
             targets.end(whole_s)
     with timer.measure("verify"):
         if verifies:
@@ -446,11 +450,11 @@ def attempt(
     paused_s = time.perf_counter() - paused_at
     with timer.measure("verify"):
         if verifies:
-            _probe(plan, targets)
+            _score(plan, targets)
     return Attempt(layout=layout, flushed=flushed, push_s=push_s, paused_s=paused_s)
 
 
-def _probe(plan: Plan, targets: Targets) -> None:
+def _score(plan: Plan, targets: Targets) -> None:
     """Verifies what checksums left open; a paused server can't score, so the servers run by now.
 
     Our own requests still wait. What others sent, and what was in flight before, runs on weights

@@ -69,7 +69,7 @@ class Targets:
         self._couriers: list[Courier] = []
 
     @property
-    def has_session(self) -> bool:
+    def takes_begin_end(self) -> bool:
         """Whether updates go between begin and end."""
         return all(info.capabilities.update_session for info in self.infos)
 
@@ -123,13 +123,13 @@ class Targets:
         Raises:
             PushError: also where another process has pushed meanwhile.
         """
-        if self.has_session:
+        if self.takes_begin_end:
             self.do("begin", partial(_begin, self.step_s), self.step_s + TAKE_OVER_S)
 
     def end(self, timeout_s: float | None = None) -> None:
         """Closes the update session; errors as in `do`."""
         within_s = timeout_s or self.timeout_s
-        if self.has_session:
+        if self.takes_begin_end:
             self.do("end", lambda worker: worker.end(within_s), within_s)
 
     def flush(self) -> bool:
@@ -141,7 +141,7 @@ class Targets:
         Raises:
             PushError: a server failed, or refused where it should not.
         """
-        may_refuse = self.has_salts and not self.has_session
+        may_refuse = self.has_salts and not self.takes_begin_end
         refused: list[str] = []
 
         def flush(worker: ControlClient) -> None:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import operator
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +36,7 @@ from typing import Any, Self
 
 import torch
 
+from ...config import is_count, is_number
 from ...errors import ConfigError, InputError, UnsupportedOptionError
 from ..request import LogitProcessor
 from .ship import Kind, class_kind, serialized
@@ -102,12 +102,12 @@ def progress_temperature(start: float, end: float, over_tokens: int) -> StagedPr
         ConfigError: a value out of range.
     """
     for name, value in (("start", start), ("end", end)):
-        if not _is_number(value) or value < LOWEST_TEMPERATURE:
+        if not is_number(value) or value < LOWEST_TEMPERATURE:
             raise ConfigError(
                 f"progress_temperature: {name}={value!r}: must be a number of at least "
                 f"{LOWEST_TEMPERATURE}."
             )
-    if not isinstance(over_tokens, int) or isinstance(over_tokens, bool) or over_tokens < 1:
+    if not is_count(over_tokens):
         raise ConfigError(
             f"progress_temperature: over_tokens={over_tokens!r}: must be an integer of at least 1."
         )
@@ -163,10 +163,6 @@ def combined(*processors: LogitProcessor) -> StagedProcessor:
     if sum(stage.kind == "temperature" for stage in stages) > 1:
         raise ConfigError("combined() takes one progress_temperature; more would contradict.")
     return _of_stages(*stages)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_mask(ids: object) -> bool:

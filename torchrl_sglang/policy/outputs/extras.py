@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,13 +189,11 @@ def _routed_experts(completions: Sequence[Completion], rows: Rows) -> dict[str, 
 
 
 def _latency(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
-    values = [NAN if c.latency_s is None else c.latency_s for c in completions]
+    values = [math.nan if c.latency_s is None else c.latency_s for c in completions]
     return {
         "latency_s": [torch.tensor(value, dtype=torch.float32, device="cpu") for value in values]
     }
 
-
-NAN = float("nan")
 
 _EXTRA_VALUES = {
     "top_log_probs": _top,

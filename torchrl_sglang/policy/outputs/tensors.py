@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +32,6 @@ from .texts import (
     decode,
     decode_answers,
 )
-
-NAN = float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +106,11 @@ class Rows:
 
     prompts: list[torch.Tensor]
     responses: list[torch.Tensor]
-    layout: Layout
+    layout: Arrange
     pad_id: int
 
 
-Layout = Callable[[list[torch.Tensor], list[torch.Tensor], Any], tuple[Any, Any, Any]]
+Arrange = Callable[[list[torch.Tensor], list[torch.Tensor], Any], tuple[Any, Any, Any]]
 
 
 def as_ids(ids: Sequence[int]) -> torch.Tensor:
@@ -258,8 +257,8 @@ def _log_probs(rows: Rows, completions: Sequence[Completion], spec: OutputSpec) 
     scored = [
         as_floats(c.input_log_probs)
         if c.input_log_probs is not None
-        else torch.full((len(p),), NAN, dtype=torch.float32, device="cpu")
+        else torch.full((len(p),), math.nan, dtype=torch.float32, device="cpu")
         for p, c in zip(rows.prompts, completions, strict=True)
     ]
     sampled = [as_floats(c.log_probs) for c in completions]
-    return _three_parts(LogProbs, rows.layout(scored, sampled, (NAN, 0.0)), spec)
+    return _three_parts(LogProbs, rows.layout(scored, sampled, (math.nan, 0.0)), spec)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...config import Timeouts
+from ...config import SyncLayout, Timeouts
 from ...errors import PushError, TopologyError
 from ...servers.control import ControlClient
 from ...servers.threads import in_thread
@@ -21,7 +21,7 @@ from ..result import StepTimer
 from ..targets import Targets
 from .carrier import Carrier
 from .group import Rendezvous, TrainerGroup
-from .payload import Layout, Payloads
+from .payload import Payloads
 
 # What SGLang's models pass over in a checkpoint: an announced tensor that changes nothing.
 PROBE_NAME = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -63,7 +63,7 @@ class Broadcast(Carrier):
         address: str,
         port: int | None,
         device: torch.device,
-        layout: Layout,
+        layout: SyncLayout,
         timeouts: Timeouts,
     ) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Broadcast(Carrier):
             raise
         self._group = joined.result()
         if self._backend == "nccl":
-            self._probe()
+            self._first_broadcast()
 
     def _join(self, rendezvous: Rendezvous, name: str) -> TrainerGroup:
         return TrainerGroup(
@@ -150,7 +150,7 @@ class Broadcast(Carrier):
 
         return self._targets.ask(invite)
 
-    def _probe(self) -> None:
+    def _first_broadcast(self) -> None:
         """One element to every rank: NCCL connects only now, and can fail or hang in it.
 
         Raises:

@@ -18,12 +18,12 @@ class Carrier(abc.ABC):
     Attributes:
         method: its name in `PushResult`.
         order: the method of `ControlClient` that gives servers its weights.
-        in_session: the servers take its weights between begin and end of an update session.
+        begins_and_ends: the servers take its weights between begin and end of an update.
     """
 
     method: ClassVar[str]
     order: ClassVar[str]
-    in_session: ClassVar[bool] = True
+    begins_and_ends: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._connected = False

@@ -52,7 +52,7 @@ class DiskCarrier(Carrier):
 
     method: ClassVar[str] = "disk"
     order = "load_files"
-    in_session: ClassVar[bool] = False
+    begins_and_ends: ClassVar[bool] = False
 
     def __init__(
         self,

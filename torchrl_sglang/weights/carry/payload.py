@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import torch
 
+from ...config import SyncLayout
 from ..buckets import Bucket, TensorSpec
 from ..source.lazy import LazyWeights
 
 NUM_BUFFERS = 2
 # From here on a broadcast per tensor costs less than the copy into one buffer.
 LARGE_TENSOR_BYTES = 8 << 20
-
-Layout = Literal["auto", "flattened", "tensors"]
 
 
 class Payloads:
@@ -40,7 +38,7 @@ class Payloads:
         weights: Mapping[str, torch.Tensor],
         *,
         device: torch.device,
-        layout: Layout = "auto",
+        layout: SyncLayout = "auto",
         buffers: Sequence[torch.Tensor] = (),
     ) -> None:
         self._buckets = buckets
@@ -49,7 +47,7 @@ class Payloads:
         self.flattened = self._is_flattened(layout)
         self._buffers = list(buffers)
 
-    def _is_flattened(self, layout: Layout) -> bool:
+    def _is_flattened(self, layout: SyncLayout) -> bool:
         if layout != "auto":
             return layout == "flattened"
         total = sum(bucket.num_bytes for bucket in self._buckets)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .lazy import LazyWeights, parts_of
+from .lazy import LazyWeights, placeholders
 
 Written = Mapping[str, torch.Tensor]
 
@@ -85,7 +85,7 @@ class CheckpointWeights(LazyWeights):
         self._made_of: dict[str, str] = {}
         self._held: tuple[str, Written] = ("", {})
         parts: dict[str, torch.Tensor] = {}
-        for name, part in parts_of(source).items():
+        for name, part in placeholders(source).items():
             for written, shape in writer.shapes.get(name, {name: part.shape}).items():
                 self._made_of[written] = name
                 parts[written] = part if written == name else _of_shape(part, shape)

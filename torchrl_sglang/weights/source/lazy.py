@@ -35,6 +35,6 @@ class LazyWeights(Mapping[str, torch.Tensor]):
         return len(self.parts)
 
 
-def parts_of(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+def placeholders(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Tensors of which shape, dtype and device can be asked without making anything."""
     return weights.parts if isinstance(weights, LazyWeights) else weights

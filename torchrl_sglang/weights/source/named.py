@@ -154,16 +154,16 @@ def untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
     kept: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        identity = (local(tensor).data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        identity = (own_part(tensor).data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
         # The empty part of a sharded tensor has no address that could tell.
-        if local(tensor).numel() and not tensor.is_meta and identity in seen:
+        if own_part(tensor).numel() and not tensor.is_meta and identity in seen:
             continue
         seen.add(identity)
         kept[name] = tensor
     return kept
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor; any other as it is."""
     part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
@@ -253,7 +253,7 @@ def check_tied(weights: Mapping[str, torch.Tensor], expected: Expected) -> None:
     for name, partner in expected.tied.items():
         if not {name, partner} <= weights.keys():
             continue
-        if not torch.equal(local(weights[name]), local(weights[partner])):
+        if not torch.equal(own_part(weights[name]), own_part(weights[partner])):
             raise WeightsError(
                 f"{name} differs from {partner}, but {expected.model_path} ties them: tie "
                 "them in training too, or set tie_word_embeddings to false in its config."
@@ -285,7 +285,7 @@ def check_dtypes(weights: Mapping[str, torch.Tensor]) -> None:
 
 def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
     """Raises `WeightsError` for weights that are NaN or infinite."""
-    parts = {name: local(tensor.detach()) for name, tensor in weights.items()}
+    parts = {name: own_part(tensor.detach()) for name, tensor in weights.items()}
     held = {name: part for name, part in parts.items() if part.numel()}
     wrong = [
         name for name, good in zip(held, _are_finite([*held.values()]), strict=True) if not good
@@ -300,7 +300,7 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
 
 def check_no_nan(buffers: Mapping[str, torch.Tensor]) -> None:
     """Raises `WeightsError` for buffers that are NaN; some are infinite for good."""
-    wrong = [name for name, tensor in buffers.items() if bool(local(tensor).isnan().any())]
+    wrong = [name for name, tensor in buffers.items() if bool(own_part(tensor).isnan().any())]
     if wrong:
         raise WeightsError(
             f"NaN in {count_of(len(wrong), 'buffer')}: {shown(wrong)}. The servers still run their "

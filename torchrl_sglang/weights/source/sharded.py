@@ -20,7 +20,7 @@ from torch import nn
 from ...errors import PushError, WeightsError
 from ..carry.group import gathered, hear, say, trainer_rank
 from .lazy import LazyWeights
-from .named import PREFIXES, check_finite, local, named_weights, shown
+from .named import PREFIXES, check_finite, named_weights, own_part, shown
 
 DRAIN_S = 10.0
 
@@ -147,10 +147,10 @@ class Check:
         if missing:
             return f"it has no {shown(missing)}, which rank 0 pushes."
         pairs = [(name, other) for name, other in self.tied.items() if {name, other} <= {*parts}]
-        differing = [n for n, o in pairs if not torch.equal(local(parts[n]), local(parts[o]))]
+        differing = [n for n, o in pairs if not torch.equal(own_part(parts[n]), own_part(parts[o]))]
         if differing:
             return f"{shown(differing)} differs from what the served model ties it to."
-        held = {name: parts[name] for name in self.names if local(parts[name]).numel()}
+        held = {name: parts[name] for name in self.names if own_part(parts[name]).numel()}
         if self.finite and held:
             check_finite(held)
         return None

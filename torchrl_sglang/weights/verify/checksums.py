@@ -17,7 +17,7 @@ import torch
 
 from ..layout import Rank, Shard, Slice, shard_of
 from ..source.expected import Dtypes
-from ..source.lazy import parts_of
+from ..source.lazy import placeholders
 from .hashing import Hash, Sha256Hash, WordHash
 
 CHUNK_BYTES = 1 << 26  # what is cast and laid out at once, and so the extra memory, at most twice
@@ -95,7 +95,7 @@ def expected_checksums(
         on_gpu: the server hashes as it does on CUDA devices, not as elsewhere.
         device: where to hash; by default where each tensor is.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(weights).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in placeholders(weights).items()}
     shards = {name: shard_of(name, shapes, rank) for name in server_names}
     return {
         name: _shard_hash(shard, weights, dtypes.of(shard.slices[0].name), on_gpu, device)

@@ -10,10 +10,9 @@ import torch
 
 from ...errors import VerificationError, count_of
 from ...servers.info import WorkerInfo
-from ..layout import FAMILIES, Heads, Rank, heads_of, ignored, why_unknown
-from ..layout import parts_of as fused_of
+from ..layout import FAMILIES, Heads, Rank, heads_of, ignored, sources_of, why_unknown
 from ..source.expected import Dtypes
-from ..source.lazy import parts_of
+from ..source.lazy import placeholders
 from ..source.named import shown
 from .checksums import RankChecksums, disagreements, expected_checksums, mismatches
 
@@ -75,7 +74,7 @@ class ChecksumProof:
         self._dtypes = dtypes
         self._config_of = config_of
         self._partial = partial
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(weights).items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in placeholders(weights).items()}
         self._known: dict[tuple[object, ...], dict[str, str]] = {}
 
     def unproved(self, infos: Sequence[WorkerInfo], answers: Sequence[Answer]) -> dict[str, str]:
@@ -104,7 +103,7 @@ class ChecksumProof:
     def _of_what_was_sent(self, info: WorkerInfo, answer: Answer) -> Answer:
         """Of what an engine hashed, the parameters all parts of which were sent."""
         sent = self._shapes.keys()
-        parts = {name: set(fused_of(name, sent)) for rank in answer for name in rank.checksums}
+        parts = {name: set(sources_of(name, sent)) for rank in answer for name in rank.checksums}
         self._refuse_lost(info, sorted(sent - set().union(*parts.values())))
         return [
             replace(rank, checksums={n: h for n, h in rank.checksums.items() if parts[n] <= sent})
@@ -180,7 +179,7 @@ class ChecksumProof:
     @property
     def _device(self) -> torch.device | None:
         """The GPU, for weights that are kept on the CPU, where its hash takes long."""
-        on_cpu = any(tensor.device.type == "cpu" for tensor in parts_of(self._weights).values())
+        on_cpu = any(tensor.device.type == "cpu" for tensor in placeholders(self._weights).values())
         if on_cpu and torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return None

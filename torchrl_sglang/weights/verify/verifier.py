@@ -17,7 +17,7 @@ from ...servers.together import push_error
 from ..layout import FAMILIES, without_siblings
 from ..source.checkpoint import CheckpointWeights
 from ..source.expected import Dtypes, model_config
-from ..source.lazy import parts_of
+from ..source.lazy import placeholders
 from ..source.merged import base_weights, has_adapters
 from ..source.named import shown, unwrap
 from ..targets import Targets
@@ -113,13 +113,13 @@ class Verifier:
         return [f"Checksums may not prove {u}: {why}." for u, why in reasons.items() if why]
 
     def _why_unprovable(self, info: WorkerInfo) -> str | None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in parts_of(self._weights).items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in placeholders(self._weights).items()}
         if lone := self._lone():
             return lone
         return why_unprovable(info, shapes, self._config_of(info))
 
     def _lone(self) -> str | None:
-        if self._partial and (lone := without_siblings(parts_of(self._weights), self._whole)):
+        if self._partial and (lone := without_siblings(placeholders(self._weights), self._whole)):
             return f"it fuses {lone[0]} with parameters that are not sent along"
         return None
 
