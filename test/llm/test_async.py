@@ -35,7 +35,7 @@ from torchrl_sglang.errors import (
     UnsupportedOptionError,
 )
 from torchrl_sglang.policy import call
-from torchrl_sglang.service import local
+from torchrl_sglang.servers import members
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 SHORT = SamplingParams(max_new_tokens=4, ignore_eos=True)
@@ -174,7 +174,7 @@ def test_what_takes_time_is_done_in_threads(
 
         monkeypatch.setattr(owner, name, recorded)
 
-    watch(local, "attach")
+    watch(members, "attach")
     watch(call, "read_prompts")
     watch(call, "build_outputs")
     watch(SGLangWrapper, "_place")

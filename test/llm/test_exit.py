@@ -26,7 +26,8 @@ SCRIPT = """
 import gc, json, os, sys, time
 import torch
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts, WeightSyncConfig
-from torchrl_sglang.weights import merged, sender  # what a first connection would import
+from torchrl_sglang.sync import sender
+from torchrl_sglang.weights.source import merged  # what a first connection would import
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 

@@ -213,15 +213,16 @@ def test_input_log_probs(
 def test_cached_tokens_request_id_and_latency(service: AsyncSGLang) -> None:
     policy = make_policy(service, extras=["cached_tokens", "request_id", "latency"])
     seen: list[GenerateRequest] = []
-    check = service.check
-    service.check = lambda batch: (seen.extend(batch), check(batch))[1]  # type: ignore[method-assign]
+    generator = service._local.generator
+    check = generator.check
+    generator.check = lambda batch: (seen.extend(batch), check(batch))[1]  # type: ignore[method-assign]
     try:
         start = time.monotonic()
         policy(make_input())
         out = policy(make_input())
         seconds = time.monotonic() - start
     finally:
-        del service.check
+        del generator.check
     rollout = out["rollout"]
     assert rollout["cached_tokens"].tolist() == [len(prompt) - 1 for prompt in PROMPTS]
     assert rollout["cached_tokens"].dtype == torch.int64

@@ -125,6 +125,8 @@ class Parents:
                     process.kill()
                 parent.kill()
                 parent.wait()
+            for stream in filter(None, (parent.stdin, parent.stdout, parent.stderr)):
+                stream.close()
 
 
 @pytest.fixture(scope="module")
@@ -134,22 +136,18 @@ def parents(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     made.close()
 
 
-ENDS = [
-    pytest.param("exit", marks=pytest.mark.slow),
-    "raise",
-    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    signal.SIGTERM,
-    signal.SIGKILL,
-]
+QUICK: list[str | signal.Signals] = ["raise", signal.SIGTERM, signal.SIGKILL]
+SLOW: list[str | signal.Signals] = ["exit", signal.SIGINT]
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", [*QUICK, *(pytest.param(e, marks=pytest.mark.slow) for e in SLOW)])
 def test_no_end_of_the_parent_leaves_anything(parents: Parents, end: Any) -> None:
-    at = ENDS.index(end)
+    ends = QUICK if end in QUICK else SLOW
+    at = ends.index(end)
     # The next one starts meanwhile.
     parent, *_ = [
         parents.start(str(one), one if isinstance(one, str) else "wait")
-        for one in ENDS[at : at + 2]
+        for one in ends[at : at + 2]
     ]
     words = parent.stdout.readline().split()
     assert words[:1] == ["ready"], parent.communicate()[1]

@@ -263,8 +263,9 @@ def seeded(service: AsyncSGLang, requests: Sequence[GenerateRequest]) -> list[li
     make a difference is not seen here; that the server takes such a batch and tells its samples
     apart is.
     """
-    loop, data = service._local.generator.data_plane()
-    return loop.run(data.generate_all(replace(service._prepare(requests), seeded=True)))
+    generator = service._local.generator
+    loop, data = generator.data_plane()
+    return loop.run(data.generate_all(replace(generator._prepare(requests), seeded=True)))
 
 
 def test_a_batch_of_seeded_samples(service: AsyncSGLang) -> None:

@@ -248,7 +248,7 @@ def test_servers_that_change_are_joined_anew(
     scheme = connected(proxied)
     scheme.send(model)
     with FaultProxy(proxy.target) as moved:
-        proxied._url = moved.url
+        proxied.servers.url = moved.url
         proxied.refresh()
         proxy.seen.clear()
         scheme.send(perturb(model, seed=55))

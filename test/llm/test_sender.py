@@ -182,6 +182,7 @@ def test_a_url_means_the_service_of_this_process(
 def test_num_gpus_of_one_server_or_of_all(service: AsyncSGLang) -> None:
     two = SimpleNamespace(
         cluster=SimpleNamespace(infos=(service.info, service.info)),
+        servers=service.servers,
         server_url=service.server_url,
         get_tp_size=service.get_tp_size,
         get_dp_size=service.get_dp_size,

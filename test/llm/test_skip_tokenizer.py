@@ -31,6 +31,7 @@ from torchrl_sglang.generate.room import BEYOND_LONGEST_INPUT
 from torchrl_sglang.generate.two_parts import RULED_OUT, TwoParts
 from torchrl_sglang.policy.requests.stops import cut_at_stops
 from torchrl_sglang.servers.attach import configured_eos_ids
+from torchrl_sglang.servers.members import Servers
 
 EOS = 2
 SAMPLING = {"max_new_tokens": 5, "ignore_eos": True}
@@ -249,7 +250,7 @@ def test_where_min_new_tokens_stays_refused(
     info = bare.info
     unknown = replace(info, features=replace(info.features, eos_ids=None))
     changed = replace(bare.cluster, infos=(unknown,))
-    monkeypatch.setattr(AsyncSGLang, "cluster", property(lambda self: changed))
+    monkeypatch.setattr(Servers, "cluster", property(lambda self: changed))
     with pytest.raises(UnsupportedOptionError, match=r"min_new_tokens=2.*config.json"):
         bare.generate([[5, 6]], fewest)
 

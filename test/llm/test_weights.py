@@ -39,6 +39,7 @@ from torchrl_sglang.errors import (
     VerificationError,
     WeightsError,
 )
+from torchrl_sglang.generate.generator import Generator
 from torchrl_sglang.weights.carry.broadcast import Broadcast
 from torchrl_sglang.weights.targets import Targets
 
@@ -158,7 +159,7 @@ def test_without_salt_and_flush_stale_prefixes_would_be_used(
     service: AsyncSGLang, model: Any, connected: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the test above guards against does happen, so it can fail."""
-    monkeypatch.setattr(AsyncSGLang, "_cache_salt", lambda self, version: "always the same")
+    monkeypatch.setattr(Generator, "_cache_salt", lambda self, version: "always the same")
     scheme = connected(config=WeightSyncConfig(flush_cache=False))
     prompt = list(range(100, 164))
     service.generate(prompt, SAMPLING)
@@ -477,5 +478,5 @@ def test_the_engine_takes_weights_itself(
     service.init_weight_update_group()
     service.update_weights(iter(model.state_dict().items()))
     assert generated_error(service, model) < 0.02
-    service._pusher.close()  # type: ignore[union-attr]
+    service.close_weight_update_group()
     ready_weights(service, model_path)

@@ -20,6 +20,7 @@ from ...servers.hosts import is_here
 from ...servers.info import WorkerInfo
 from ...servers.lora import said
 from ...servers.lora_folder import CONFIG, WEIGHTS
+from ...servers.together import retold
 from .source import AdapterSource
 
 Order = Callable[[ControlClient, Mapping[str, Any], float], None]
@@ -45,7 +46,7 @@ class Load:
             self.order(worker, self.bodies[worker.url], timeout_s)
         except HTTPAnswerError as error:
             message = f"{worker.url} answered {error.status}: {said(error)}"
-            raise type(error)(message, status=error.status, body=error.body) from error
+            raise retold(error, message) from error
 
 
 @contextlib.contextmanager
