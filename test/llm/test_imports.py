@@ -318,10 +318,42 @@ def test_the_public_list() -> None:
     assert [name for name in public if not hasattr(torchrl_sglang, name)] == []
 
 
-def test_init_holds_the_public_list_and_nothing_else() -> None:
-    docstring, *imports, public = TREES[""].body
-    assert isinstance(docstring, ast.Expr)
-    assert isinstance(public, ast.Assign)
-    assert all(isinstance(node, ast.ImportFrom) and node.level == 1 for node in imports)
-    imported = {alias.name for node in imports for alias in node.names}
-    assert imported == set(torchrl_sglang.__all__)
+def test_public_names_are_loaded_from_where_they_are() -> None:
+    """What type checkers read and what is loaded when a name is used."""
+    body = TREES[""].body
+    (for_types,) = [node for node in body if isinstance(node, ast.If)]
+    loaded = imported_names(for_types.body)
+    assert loaded == torchrl_sglang.HOMES
+    assert {*loaded, *imported_names(body)} - {"import_module", "TYPE_CHECKING", "Any"} == {
+        *torchrl_sglang.__all__
+    }
+
+
+def imported_names(nodes: list[ast.stmt]) -> dict[str, str]:
+    """Names and the modules that they come from."""
+    return {
+        alias.name: str(node.module)
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+LIGHT = """
+import sys
+import torchrl_sglang, torchrl_sglang.errors, torchrl_sglang.config
+print([name for name in ("torch", "tensordict", "requests", "numpy") if name in sys.modules])
+"""
+
+
+def test_errors_and_config_come_without_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_a_name_that_is_none() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        torchrl_sglang.Nothing  # noqa: B018
+    assert {*torchrl_sglang.__all__} <= {*dir(torchrl_sglang)}
