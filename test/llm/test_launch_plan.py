@@ -26,14 +26,9 @@ from torchrl_sglang.launch.commands import (
     server_env,
 )
 from torchrl_sglang.launch.cores import binding, divide_cores, usable_cores
+from torchrl_sglang.launch.plan import check_model, check_tokenizer, divide_gpus, plan_fleet
 from torchrl_sglang.launch.process import redacted
-from torchrl_sglang.servers.start import (
-    check_model,
-    check_tokenizer,
-    choose_device,
-    divide_gpus,
-    plan_fleet,
-)
+from torchrl_sglang.servers.start import choose_device
 
 UNBALANCED = dict([NO_BALANCE_CHECK])
 

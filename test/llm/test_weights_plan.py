@@ -14,15 +14,9 @@ from worker_infos import worker_info
 
 from torchrl_sglang.errors import TopologyError, WeightsError
 from torchrl_sglang.servers.info import WorkerInfo
-from torchrl_sglang.weights.buckets import (
-    Bucket,
-    Ranks,
-    TensorSpec,
-    plan_buckets,
-    plan_ranks,
-    spec_of,
-)
+from torchrl_sglang.weights.buckets import Bucket, TensorSpec, plan_buckets, spec_of
 from torchrl_sglang.weights.carry.payload import Payloads
+from torchrl_sglang.weights.carry.topology import Ranks, plan_ranks
 from torchrl_sglang.weights.source.checkpoint import Writer
 from torchrl_sglang.weights.source.expected import Dtypes, Expected, served_dtype
 

@@ -1,21 +1,18 @@
-"""Finding out what answers at a URL: a router with its workers, or a single server."""
+"""Finds out what answers at a URL: a router with its workers, or a single server."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ..config import Timeouts
 from ..errors import (
     ConnectError,
-    NoWorkersError,
     RequestRefusedError,
     RequestTimeoutError,
     ServerFailedError,
@@ -24,12 +21,12 @@ from ..errors import (
 )
 from .control import ControlClient
 from .http import path_hint
-from .info import WorkerInfo, parse_worker_info, parse_worker_urls
+from .info import WorkerInfo, parse_worker_info
+from .router import worker_urls
 from .together import order_all
 
 # How long a server is waited for that answers only once it is not paused any more.
 PAUSED_S = 3.0
-ROUTER_POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +103,7 @@ def attach(
         NoWorkersError: a router without a worker.
     """
     front = client_of(url, keys, timeouts)
-    urls = _worker_urls(front)
+    urls = worker_urls(front)
     workers = tuple(client_of(u, keys, timeouts) for u in (urls or [front.url]))
     answers = _ask(workers)
     said = {info.url: info for info in known}
@@ -150,40 +147,6 @@ def _told(errors: Mapping[str, ServiceError | None]) -> str:
     return "; ".join(f"{url}: {error}" for url, error in errors.items())
 
 
-def remove_from_router(router: ControlClient, url: str) -> None:
-    """Asks a router to forget a server; one that it does not know is no error."""
-    with contextlib.suppress(ServiceError):  # its own checks find out, only later
-        for worker in _routed(router, url):
-            router.remove_worker(worker["id"])
-
-
-def add_to_router(router: ControlClient, url: str, api_key: str | None, timeout_s: float) -> None:
-    """Has a router send to a server again, as to one that it never saw fail.
-
-    Raises:
-        ConnectError: the router does not take it.
-    """
-    deadline = time.monotonic() + timeout_s
-    remove_from_router(router, url)
-    while _routed(router, url):
-        _wait_for_router(url, deadline)
-    router.add_worker(url, api_key)
-    while not any(worker.get("is_healthy") for worker in _routed(router, url)):
-        _wait_for_router(url, deadline)
-
-
-def _routed(router: ControlClient, url: str) -> list[dict[str, Any]]:
-    """What a router says of a server."""
-    workers = router.workers().get("workers", ())
-    return [worker for worker in workers if str(worker.get("url", "")).rstrip("/") == url]
-
-
-def _wait_for_router(url: str, deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise ConnectError(f"the router did not take {url} back.")
-    time.sleep(ROUTER_POLL_S)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
     """What a server said of itself, or why it said nothing."""
@@ -216,32 +179,6 @@ def client_of(url: str, keys: Credentials, timeouts: Timeouts) -> ControlClient:
     return ControlClient(
         url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
     )
-
-
-def _worker_urls(front: ControlClient) -> list[str] | None:
-    """The workers' URLs, or None where ``front`` is a server itself."""
-    try:
-        answer = front.workers()
-    except RequestRefusedError as error:
-        if error.status in (404, 405):
-            return None
-        raise ConnectError(
-            f"can't list the workers of {front.url}: {error}.{path_hint(front.url)}"
-        ) from error
-    except ServiceError as error:
-        raise ConnectError(f"can't attach to {front.url}: {error}") from error
-    urls = parse_worker_urls(answer)
-    if urls is None:
-        raise ConnectError(
-            f"{front.url} answers, but neither as an SGLang server nor as an SGLang router: "
-            f"GET /workers gave {str(answer)[:200]!r}.{path_hint(front.url)}"
-        )
-    if not urls:
-        raise NoWorkersError(
-            f"the router at {front.url} has no workers: start a server and add it with "
-            f'POST {front.url}/workers {{"url": "http://server:30000"}}.'
-        )
-    return urls
 
 
 def _asked(worker: ControlClient) -> _Answer:

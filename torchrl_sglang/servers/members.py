@@ -22,11 +22,9 @@ from ..launch.fleet import Fleet, told
 from .attach import (
     Cluster,
     Credentials,
-    add_to_router,
     attach,
     client_of,
     read_info,
-    remove_from_router,
 )
 from .control import ControlClient
 from .gate import ServiceState, UpdateGate
@@ -35,6 +33,7 @@ from .hosts import local_address
 from .info import WorkerInfo
 from .lora import Adapters
 from .lora_versions import AdapterVersions
+from .router import add_to_router, remove_from_router
 from .threads import in_thread
 from .together import ask_all, order_all, push_error
 from .versions import KnownVersions, ask_versions, version_of

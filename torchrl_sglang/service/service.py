@@ -18,6 +18,7 @@ from ..generate.generator import Generator
 from ..generate.sessions import Sessions
 from ..launch.fleet import Fleet
 from ..launch.options import in_our_words
+from ..launch.plan import check_way
 from ..servers.attach import Cluster, Credentials
 from ..servers.control import ControlClient
 from ..servers.gate import ServiceState, UpdateGate
@@ -25,7 +26,7 @@ from ..servers.http import normalise_url
 from ..servers.info import WorkerInfo
 from ..servers.lora import Adapters
 from ..servers.members import Servers
-from ..servers.start import check_way, start_managed
+from ..servers.start import start_managed
 from ..servers.together import order_all
 from ..weights.direct import DirectSync
 from .engine import RLSGLangEngine

@@ -15,7 +15,7 @@ from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 from ..config import PauseMode, WeightSyncConfig
 from ..errors import ConfigError, NotConnectedError
 from ..service.service import AsyncSGLang, find_service
-from ..weights.buckets import count_ranks, plan_ranks
+from ..weights.carry.topology import count_ranks, plan_ranks
 from ..weights.connection import Link
 from ..weights.lora.push import AdapterPusher
 from ..weights.push import FullPusher, Pusher, abandon_with

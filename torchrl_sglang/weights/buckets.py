@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-
-from ..errors import TopologyError
-from ..servers.info import WorkerInfo
 
 FLATTENED = "flattened_bucket"
 
@@ -120,49 +117,3 @@ def _groups(tensors: Iterable[TensorSpec]) -> Iterable[list[TensorSpec]]:
 
 def _bucket(tensors: list[TensorSpec]) -> Bucket:
     return Bucket(tensors=tuple(sorted(tensors, key=lambda t: -t.item_bytes)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """Who is who in the collective; the trainer is rank 0.
-
-    Attributes:
-        world_size: the trainer and every rank of every server.
-        offsets: first rank of each server.
-    """
-
-    world_size: int
-    offsets: tuple[int, ...]
-
-
-def plan_ranks(workers: Sequence[WorkerInfo]) -> Ranks:
-    """Numbers the ranks of all servers.
-
-    Raises:
-        TopologyError: a server has data- or pipeline-parallel ranks, which a broadcast can't reach.
-    """
-    offsets, next_rank = [], 1
-    for worker in workers:
-        check_topology(worker)
-        offsets.append(next_rank)
-        next_rank += worker.tp_size
-    return Ranks(world_size=next_rank, offsets=tuple(offsets))
-
-
-def count_ranks(workers: Sequence[WorkerInfo]) -> int:
-    """Processes that hold weights, in all servers together."""
-    return sum(w.tp_size * w.pp_size * w.num_copies for w in workers)
-
-
-def check_topology(worker: WorkerInfo) -> None:
-    """Raises `TopologyError` where SGLang refuses a broadcast, or hangs in it."""
-    if worker.pp_size > 1:
-        raise TopologyError(
-            f"{worker.url} runs with pp_size={worker.pp_size}: a weight broadcast deadlocks there. "
-            "Use tp_size instead, or more replicas, or WeightSyncConfig(method='disk')."
-        )
-    if worker.num_copies > 1:
-        raise TopologyError(
-            f"{worker.url} runs with dp_size={worker.dp_size}: SGLang takes no weight broadcast "
-            "there. Use num_replicas instead of dp_size, or WeightSyncConfig(method='disk')."
-        )

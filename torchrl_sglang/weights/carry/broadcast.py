@@ -16,12 +16,13 @@ from ...errors import PushError, TopologyError
 from ...servers.control import ControlClient
 from ...servers.threads import in_thread
 from ...servers.together import tell_all, watch
-from ..buckets import FLATTENED, Bucket, plan_ranks
+from ..buckets import FLATTENED, Bucket
 from ..result import StepTimer
 from ..targets import Targets
 from .carrier import Carrier
 from .group import Rendezvous, TrainerGroup
 from .payload import Payloads
+from .topology import plan_ranks
 
 # What SGLang's models pass over in a checkpoint: an announced tensor that changes nothing.
 PROBE_NAME = "model.layers.0.self_attn.rotary_emb.inv_freq"

@@ -15,12 +15,13 @@ from ...errors import TopologyError
 from ...servers.control import ControlClient
 from ...servers.hosts import is_here
 from ...servers.together import push_error, watch
-from ..buckets import FLATTENED, Bucket, plan_ranks
+from ..buckets import FLATTENED, Bucket
 from ..result import StepTimer
 from ..targets import Targets
 from .carrier import Carrier
 from .payload import NUM_BUFFERS, Payloads
 from .shared_memory import allocate_on_gpu, allocate_shared, shared_message
+from .topology import plan_ranks
 
 Call = Callable[[ControlClient], None]
 
