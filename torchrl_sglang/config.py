@@ -1,4 +1,4 @@
-"""Frozen, keyword-only configuration, checked when it is made."""
+"""Holds the configuration that users pass: frozen, keyword-only, checked when it is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lets the attempts of a call through the gate, each with the salt of the present weights."""
+"""Admits the attempts of a call through the gate, each with the salt of the present weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation requests over HTTP: all at once, over one pool of connections."""
+"""Sends generation requests over HTTP: all at once, over one pool of connections."""
 
 from __future__ import annotations
 

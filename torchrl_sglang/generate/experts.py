@@ -1,4 +1,4 @@
-"""Routed experts as SGLang sends them: base64 of int32 ``[tokens, layers * experts per token]``.
+"""Reads routed experts as SGLang sends them: base64 of int32 ``[tokens, layers * experts]``.
 
 SGLang reads them from where a request's keys and values are when it ends. Needs only the standard
 library.

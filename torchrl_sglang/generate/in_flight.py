@@ -1,4 +1,4 @@
-"""The calls under way on an event loop: bounded, and ended where nobody would answer them."""
+"""Bounds the calls under way on an event loop, and ends them where nobody would answer."""
 
 from __future__ import annotations
 

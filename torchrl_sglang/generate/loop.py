@@ -1,4 +1,4 @@
-"""One event loop on one daemon thread, for everything asynchronous that a service does."""
+"""Runs one event loop on one daemon thread, for everything asynchronous that a service does."""
 
 from __future__ import annotations
 

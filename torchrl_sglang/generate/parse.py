@@ -1,4 +1,4 @@
-"""The strict reading of what ``/generate`` answers. Needs only the standard library."""
+"""Reads strictly what ``/generate`` answers. Needs only the standard library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests to ``/generate``. Needs only the standard library."""
+"""Defines requests to ``/generate``, and their bodies. Needs only the standard library."""
 
 from __future__ import annotations
 

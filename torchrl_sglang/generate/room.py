@@ -1,4 +1,4 @@
-"""What fits into a server's context. Needs only the standard library.
+"""Fits requests into a server's context. Needs only the standard library.
 
 ``max_new_tokens`` is a maximum: a request is asked for what fits, and ends with ``"length"`` there.
 SGLang itself refuses a request whose maximum reaches beyond the context.

@@ -1,4 +1,4 @@
-"""Sampling parameters: what SGLang is sent, checked when they are made."""
+"""Checks sampling parameters when they are made, and writes what SGLang is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names that users write for sampling options: TorchRL's, vLLM's, Hugging Face's."""
+"""Renames sampling options from what users write: TorchRL's, vLLM's, Hugging Face's names."""
 
 from __future__ import annotations
 

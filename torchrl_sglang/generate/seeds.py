@@ -1,4 +1,4 @@
-"""Seeds of the requests of one call: equal prompts get different ones."""
+"""Seeds the requests of one call: equal prompts get different seeds."""
 
 from __future__ import annotations
 

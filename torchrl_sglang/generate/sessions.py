@@ -1,4 +1,4 @@
-"""Sessions: conversations that a server holds, so that only what is new is sent."""
+"""Holds conversations on a server (sessions), so that only what is new is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``min_new_tokens`` on servers that run without a tokenizer, and refuse it.
+"""Samples ``min_new_tokens`` on servers without a tokenizer, which refuse it, in two requests.
 
 A request becomes two: the first of exactly so many tokens, with every id that ends a row ruled out
 by a bias, and the second goes on from it. That is what a server with a tokenizer does with the

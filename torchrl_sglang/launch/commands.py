@@ -1,4 +1,4 @@
-"""The command lines and environments of a server and of the router, as pure functions."""
+"""Writes the command lines and environments of a server and of the router: pure functions."""
 
 from __future__ import annotations
 

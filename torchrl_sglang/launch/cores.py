@@ -1,4 +1,4 @@
-"""Which cores the CPU servers' ranks compute on."""
+"""Chooses the cores that the CPU servers' ranks compute on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several servers and one router, started and ended together."""
+"""Starts and ends several servers and one router together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What options are called: in SGLang, in vLLM, and on this library's own calls."""
+"""Knows what options are called: in SGLang, in vLLM, and on this library's own calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ports that nobody takes between being chosen and being bound."""
+"""Reserves ports, so that nobody takes one between being chosen and being bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One child process: spawned, watched, ended. The only module that uses ``subprocess``."""
+"""Spawns, watches and ends one child process. The only module that uses ``subprocess``."""
 
 from __future__ import annotations
 

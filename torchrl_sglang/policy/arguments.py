@@ -1,4 +1,4 @@
-"""The arguments of `SGLangWrapper`, settled: what TorchRL's wrappers take, honoured or refused."""
+"""Settles the arguments of `SGLangWrapper`: what TorchRL's wrappers take is honoured or refused."""
 
 from __future__ import annotations
 

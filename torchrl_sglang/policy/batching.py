@@ -1,4 +1,4 @@
-"""Calls of many threads that share requests to the servers."""
+"""Collects calls of many threads into requests that they share."""
 
 from __future__ import annotations
 

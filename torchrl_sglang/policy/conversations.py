@@ -1,4 +1,4 @@
-"""From a rollout of several turns to one row per conversation, each sampled token in it once."""
+"""Joins the turns of a rollout to one row per conversation, with each sampled token in it once."""
 
 from __future__ import annotations
 

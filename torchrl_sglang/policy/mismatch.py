@@ -1,4 +1,4 @@
-"""How far the policy that sampled is from the one that is trained, from two sets of log-probs."""
+"""Measures how far the policy that sampled is from the one that is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probs of text, history or tokens that are there already: no token is generated."""
+"""Scores text, history or tokens that are there already: no token is generated."""
 
 from __future__ import annotations
 

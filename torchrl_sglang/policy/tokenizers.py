@@ -1,4 +1,4 @@
-"""Finding a tokenizer and a chat template, and what they are asked to do."""
+"""Finds a tokenizer and a chat template, and what they are asked to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`SGLangWrapper`: the policy that a TorchRL collector calls."""
+"""Offers `SGLangWrapper`: the policy that a TorchRL collector calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a service's weights, and the gate that holds requests while they change."""
+"""Keeps the state of a service's weights, and holds requests back while they change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which servers are on this machine. Needs only the standard library."""
+"""Tells which servers are on this machine. Needs only the standard library."""
 
 from __future__ import annotations
 

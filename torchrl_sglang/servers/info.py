@@ -1,4 +1,4 @@
-"""What servers and routers say of themselves. Needs only the standard library."""
+"""Parses what servers and routers say of themselves. Needs only the standard library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: loaded, unloaded and listed on every server."""
+"""Loads, unloads and lists LoRA adapters on every server."""
 
 from __future__ import annotations
 

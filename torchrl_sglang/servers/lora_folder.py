@@ -1,4 +1,4 @@
-"""A LoRA adapter's folder, looked at before a server reads it. Needs only the standard library.
+"""Looks at a LoRA adapter's folder before a server reads it. Needs only the standard library.
 
 SGLang 0.5.23 takes adapters that it can't compute with: some it computes wrongly, and some end the
 server at the first request that names them. Both are found here, from the adapter's configuration

@@ -1,4 +1,4 @@
-"""Adapters that are pushed: one name in requests, ``name@version`` on the servers."""
+"""Names the versions of pushed adapters: one name in requests, ``name@version`` on the servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The servers of a service: they are asked anew, left out, or started again."""
+"""Keeps the servers of a service: asks them anew, leaves them out, starts them again."""
 
 from __future__ import annotations
 
@@ -207,6 +207,16 @@ class Servers:
         managed, cluster = self.managed_urls, self.cluster
         workers = [worker for worker in cluster.workers if worker.url in managed]
         return lifeless(workers, cluster.infos, self.timeouts.control_s)
+
+    def flush_cache(self) -> bool:
+        """Empties the prefix cache of every server; returns True once all are empty.
+
+        Raises:
+            ServiceError: a server refused, as SGLang does while requests are in flight; the others
+                were emptied.
+        """
+        order_all(self.workers, ControlClient.flush)
+        return True
 
     # Which weights they run
 

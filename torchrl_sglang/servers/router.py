@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import ConnectError, NoWorkersError, RequestRefusedError, ServiceError
 from .control import ControlClient
 from .http import path_hint
+from .info import parse_worker_urls
 
 ROUTER_POLL_S = 0.1
 

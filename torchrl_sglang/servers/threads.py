@@ -1,4 +1,4 @@
-"""Threads that hold nobody up for long, at the interpreter's exit neither."""
+"""Starts threads that hold nobody up for long, at the interpreter's exit neither."""
 
 from __future__ import annotations
 

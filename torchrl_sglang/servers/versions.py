@@ -1,4 +1,4 @@
-"""What is known of the weights that servers run: told by them, or pushed from here."""
+"""Keeps what is known of the weights that servers run: told by them, or pushed from here."""
 
 from __future__ import annotations
 

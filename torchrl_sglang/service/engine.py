@@ -1,4 +1,4 @@
-"""`RLSGLangEngine`: what TorchRL's training recipes call on an SGLang engine."""
+"""Defines `RLSGLangEngine`: what TorchRL's training recipes call on an SGLang engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`AsyncSGLang`: SGLang servers behind a router, started here or attached to."""
+"""Offers `AsyncSGLang`: SGLang servers behind a router, started here or attached to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from ..servers.info import WorkerInfo
 from ..servers.lora import Adapters
 from ..servers.members import Servers
 from ..servers.start import start_managed
-from ..servers.together import order_all
 from ..weights.direct import DirectSync
 from .engine import RLSGLangEngine
 from .local import Local
@@ -401,15 +400,7 @@ class AsyncSGLang(RLSGLangEngine):
         """Data-parallel ranks per server."""
         return self.info.dp_size
 
-    def flush_cache(self) -> bool:
-        """Empties the prefix cache of every server; returns True once all are empty.
-
-        Raises:
-            ServiceError: a server refused, as SGLang does while requests are in flight; the others
-                were emptied.
-        """
-        order_all(self.servers.workers, ControlClient.flush)
-        return True
+    flush_cache = _via(_servers, Servers.flush_cache)
 
     # Weights, as TorchRL's recipes push them
 

@@ -1,4 +1,4 @@
-"""The number of a push: higher than every number that a server or a collector has."""
+"""Chooses the number of a push: higher than every number that a server or a collector has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TorchRL's two inner faces of a weight sync: the transport, and the older updater."""
+"""Turns to TorchRL the two inner faces of a weight sync: the transport, and the older updater."""
 
 from __future__ import annotations
 

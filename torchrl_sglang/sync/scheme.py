@@ -1,4 +1,4 @@
-"""`SGLangWeightSyncScheme`: TorchRL's weight-sync contract over a `Pusher`."""
+"""Offers `SGLangWeightSyncScheme`: TorchRL's weight-sync contract over a `Pusher`."""
 
 from __future__ import annotations
 

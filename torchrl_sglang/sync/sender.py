@@ -1,4 +1,4 @@
-"""The sender of TorchRL's training recipes: what a script calls that pushes by itself."""
+"""Offers the sender of TorchRL's training recipes, for a script that pushes by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which bytes go into which broadcast: pure functions over names, sizes and ranks."""
+"""Divides tensors into buckets, each sent in one broadcast: pure functions over names and sizes."""
 
 from __future__ import annotations
 

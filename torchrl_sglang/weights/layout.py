@@ -1,4 +1,4 @@
-"""Which parts of which of the checkpoint's tensors a rank of a server holds: pure functions.
+"""Tells which parts of the checkpoint's tensors a rank of a server holds: pure functions.
 
 Names are the server's, ``model.layers.0.self_attn.qkv_proj.weight`` for instance; shapes are the
 checkpoint's. Source: the weight loaders of SGLang's ``srt/layers/linear.py``,

@@ -1,4 +1,4 @@
-"""What a push will do, found possible before anything is touched."""
+"""Plans a push: reads and checks the weights, and touches no server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A push: from named tensors to servers that run them, or to a service that is marked broken."""
+"""Pushes named tensors into servers that then run them, or marks the service broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows a push that failed: all servers stay paused, and it is known who is gone."""
+"""Pauses all servers after a push that failed, and finds out who is gone."""
 
 from __future__ import annotations
 

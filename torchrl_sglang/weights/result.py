@@ -1,4 +1,4 @@
-"""What a push did, and how long each part of it took."""
+"""Tells what a push did, and how long each part of it took."""
 
 from __future__ import annotations
 

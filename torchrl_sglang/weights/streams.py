@@ -1,4 +1,4 @@
-"""GPU work that one thread goes on with where another has queued what it needs."""
+"""Hands over GPU work that one thread has queued to the thread that goes on with it."""
 
 from __future__ import annotations
 

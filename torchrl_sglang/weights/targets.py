@@ -1,4 +1,4 @@
-"""The servers that a push goes to, and the steps that all of them take together."""
+"""Gives orders to the servers that a push goes to: the steps that all of them take together."""
 
 from __future__ import annotations
 

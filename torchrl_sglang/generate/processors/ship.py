@@ -1,4 +1,4 @@
-"""How a processor's code gets into SGLang, which unpickles it and calls it without arguments."""
+"""Ships a processor's code into SGLang, which unpickles it and calls it without arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a completion says of itself: why it ended, which weights sampled it, and extras."""
+"""Writes what a completion says of itself: why it ended, which weights sampled it, and extras."""
 
 from __future__ import annotations
 

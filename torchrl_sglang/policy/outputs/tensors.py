@@ -1,4 +1,4 @@
-"""From completions to TorchRL's Text, Tokens, Masks, LogProbs and ChatHistory."""
+"""Lays completions out as TorchRL's Text, Tokens, Masks, LogProbs and ChatHistory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampled ids as text, and as the assistant's turn of a history."""
+"""Decodes sampled ids to text, and to the assistant's turn of a history."""
 
 from __future__ import annotations
 

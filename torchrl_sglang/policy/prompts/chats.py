@@ -1,4 +1,4 @@
-"""Chats: rendered with a template and tokenised, with what was sampled before left as it was."""
+"""Renders and tokenises chats, and leaves what was sampled before as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images, videos and audio in the messages of a chat."""
+"""Finds images, videos and audio in the messages of a chat."""
 
 from __future__ import annotations
 

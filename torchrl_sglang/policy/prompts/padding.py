@@ -1,4 +1,4 @@
-"""Rows of ids without their padding, from ragged stacks, nested tensors and padded tensors."""
+"""Reads rows of ids without their padding, from ragged, nested and padded tensors."""
 
 from __future__ import annotations
 

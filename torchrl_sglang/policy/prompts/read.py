@@ -1,4 +1,4 @@
-"""From a TensorDict of history, text or tokens to lists of token ids. Tokenises once, only here."""
+"""Reads token ids from a TensorDict of history, text or tokens. Tokenises once, only here."""
 
 from __future__ import annotations
 

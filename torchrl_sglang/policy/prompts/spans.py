@@ -1,4 +1,4 @@
-"""Which characters of a rendered chat its assistant wrote, and which tokens hold them."""
+"""Finds what the assistant of a rendered chat wrote: characters, and the tokens that hold them."""
 
 from __future__ import annotations
 

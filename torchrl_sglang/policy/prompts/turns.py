@@ -1,4 +1,4 @@
-"""Several turns without drift: what was sampled stays the beginning of the next prompt.
+"""Remembers turns, so that what was sampled stays the beginning of the next prompt.
 
 Text that is tokenised again rarely gives the tokens that were sampled. So a turn's tokens are
 kept, and of the next prompt only what follows them is tokenised.

@@ -1,4 +1,4 @@
-"""From prompts to requests: what holds for the whole call, and what each row says for itself."""
+"""Makes requests of prompts, from what holds for the whole call and what each row says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop strings that servers don't see: matched here, on what the sampled ids say.
+"""Matches stop strings that servers don't see, on what the sampled ids say.
 
 A server without a tokenizer can't stop at a string, and none does at one that began before the
 request was aborted. So it generates on, to EOS or to ``max_new_tokens``, and what comes after the

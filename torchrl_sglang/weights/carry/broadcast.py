@@ -1,4 +1,4 @@
-"""Weights over a collective: trainer and all ranks of all servers in one group."""
+"""Carries weights over a collective: trainer and all ranks of all servers in one group."""
 
 from __future__ import annotations
 

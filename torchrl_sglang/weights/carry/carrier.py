@@ -1,4 +1,4 @@
-"""How weights get from a trainer into every server: the one seam that all ways have."""
+"""Defines a carrier, which gets weights from a trainer into every server: the seam of all ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights through files that every server reads: the way that reaches every layout of ranks."""
+"""Carries weights through files that every server reads: this reaches every layout of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer's side of the collective. The only module that uses ``torch.distributed``."""
+"""Is the trainer's side of the collective. The only module that uses ``torch.distributed``."""
 
 from __future__ import annotations
 

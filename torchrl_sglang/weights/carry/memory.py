@@ -1,4 +1,4 @@
-"""Weights through memory that trainer and servers share, on one machine."""
+"""Carries weights through memory that trainer and servers share, on one machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of each broadcast, made while the one before is on its way."""
+"""Makes the bytes of each broadcast while the one before is on its way."""
 
 from __future__ import annotations
 

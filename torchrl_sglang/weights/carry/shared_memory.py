@@ -1,4 +1,4 @@
-"""Tensors that a server on the same machine maps into its own memory, and the message that says so.
+"""Shares tensors with a server on the same machine, and writes the message that says so.
 
 SGLang reads such a message with a pickle reader of its own that knows torch's ways of sharing. On a
 CPU torch's default way, a file descriptor, ends the server: it can't be fetched from a process that

@@ -1,4 +1,4 @@
-"""How an adapter travels to the servers: in the request itself, or by a folder that they see."""
+"""Orders servers to load an adapter: from the request itself, or from a folder that they see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which versions of an adapter the servers hold: making room for a new one, clearing old ones."""
+"""Makes room on the servers for a new version of an adapter, and clears old ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A push of a LoRA adapter alone: loaded beside the one before, and taken into use at once."""
+"""Pushes a LoRA adapter alone: it is loaded beside the one before, and taken into use at once."""
 
 from __future__ import annotations
 

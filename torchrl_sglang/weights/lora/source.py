@@ -1,4 +1,4 @@
-"""From whatever a trainer holds to a LoRA adapter's configuration and tensors, found servable."""
+"""Reads a LoRA adapter's configuration and tensors from what a trainer holds, and checks them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's parameters as its checkpoint has them, which is what servers load.
+"""Writes a model's parameters as its checkpoint has them, which is what servers load.
 
 Transformers 5 holds some of them otherwise: the experts of a layer stacked in one tensor, for one,
 of which a checkpoint has a tensor per expert. It knows the way back, since it also saves models.

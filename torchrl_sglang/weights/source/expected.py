@@ -1,4 +1,4 @@
-"""What the served model's parameters are, from its config alone: names, shapes and dtypes."""
+"""Tells the served model's parameters from its config alone: names, shapes and dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named tensors of which some are made only when they are looked up, one at a time."""
+"""Holds named tensors of which some are made only when they are looked up, one at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT models, whose adapters are merged into the base model's weights as these are sent.
+"""Merges a PEFT model's adapters into the base model's weights as these are sent.
 
 The model itself is left alone: merging in place and unmerging would round its weights each time.
 """

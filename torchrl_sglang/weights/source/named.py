@@ -1,4 +1,4 @@
-"""From whatever a trainer holds to named tensors in Hugging Face's names."""
+"""Names the tensors of whatever a trainer holds as Hugging Face does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that several ranks of a trainer hold in parts (FSDP2): gathered one by one, by all ranks.
+"""Gathers, one by one, weights that several ranks of a trainer hold in parts (FSDP2).
 
 Rank 0 pushes. It says which tensor comes next, and the others, who are in `assist_push`, gather it
 along with it and forget it. Nobody ever holds the whole model twice.

@@ -1,4 +1,4 @@
-"""What the servers' ``/weights_checker`` should answer, and what it says where that isn't known.
+"""Computes what the servers' ``/weights_checker`` should answer, and reads what it answered.
 
 It answers one hash per parameter and rank, in the *server's* layout: q, k and v (and gate and up)
 are one matrix, and each tensor-parallel rank has its part. Where the layout is known (`layout`), a

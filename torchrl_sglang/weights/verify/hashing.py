@@ -1,4 +1,4 @@
-"""SGLang's two hashes of a tensor, fed piece by piece, on whatever device the pieces are.
+"""Hashes a tensor in SGLang's two ways, piece by piece, on whatever device the pieces are.
 
 ``/weights_checker`` answers 16 hex digits per parameter. Tensors on a CUDA device are hashed as
 32-bit words, each mixed with its position; all others by SHA-256. Both read the tensor's bytes in

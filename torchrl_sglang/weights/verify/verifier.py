@@ -1,4 +1,4 @@
-"""Proof that the servers hold what was sent."""
+"""Proves that the servers hold what was sent."""
 
 from __future__ import annotations
 
