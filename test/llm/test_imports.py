@@ -151,7 +151,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         ("urllib3", set()),
         ("subprocess", {"launch.process", "launch.guard"}),
         ("multiprocessing", {"launch.cpu.forking"}),
-        ("torch.distributed", {"weights.carry.group"}),
+        ("torch.distributed", {"weights.carry.group", "weights.source.ranks"}),
         ("torch._C._distributed_c10d", {"weights.carry.group"}),
         ("sglang", set()),
         ("sglang_router", set()),

@@ -1,4 +1,4 @@
-"""Is the trainer's side of the collective. The only module that uses ``torch.distributed``."""
+"""Is the trainer's side of the collective that trainer and servers share."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ from torch.distributed.distributed_c10d import (
     _new_process_group_helper,
     _set_pg_timeout,
     _world,
-    all_gather_object,
-    broadcast_object_list,
     destroy_process_group,
-    get_rank,
-    get_world_size,
     is_initialized,
 )
 
@@ -270,33 +266,6 @@ def _nothing_to_split() -> Iterator[None]:
         yield
     finally:
         default.bound_device_id = bound
-
-
-def trainer_rank() -> int:
-    """This process's rank among those that train together; 0 where it trains alone."""
-    return get_rank() if is_initialized() else 0
-
-
-def say(message: tuple[Any, ...]) -> None:
-    """From the trainer's rank 0 to its other ranks."""
-    broadcast_object_list([message], src=0)
-
-
-def gathered(answer: Any) -> list[Any]:
-    """What every rank of the trainer answers, in their order; all ranks have to call it."""
-    if not is_initialized():
-        return [answer]
-    answers: list[Any] = [None] * get_world_size()
-    all_gather_object(answers, answer)
-    return answers
-
-
-def hear() -> tuple[Any, ...]:
-    """What rank 0 says."""
-    heard: list[Any] = [None]
-    broadcast_object_list(heard, src=0)
-    message: tuple[Any, ...] = heard[0]
-    return message
 
 
 # Given a function that returns (or, on a GPU, holds the stream) until payload number so and so was

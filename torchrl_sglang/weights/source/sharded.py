@@ -18,9 +18,9 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from ...errors import PushError, WeightsError
-from ..carry.group import gathered, hear, say, trainer_rank
 from .lazy import LazyWeights
 from .named import PREFIXES, check_finite, named_weights, own_part, shown
+from .ranks import gathered, hear, say, trainer_rank
 
 DRAIN_S = 10.0
 
