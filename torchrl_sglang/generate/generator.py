@@ -264,12 +264,13 @@ class Generator:
             UnsupportedOptionError: the request has several samples, which the server names itself.
             ServiceError: a server did not take the order; the others have it.
         """
-        _, data = self.data_plane()
-        rids = [None] if rid is None else data.sent_rids(rid)
+        self._check_open()
+        data = self._data
+        sent = [rid] if rid is None or data is None else data.sent_rids(rid)
 
-        def abort(worker: ControlClient) -> None:
-            for one in rids:
-                worker.abort(one)
+        def abort(server: ControlClient) -> None:
+            for one in sent:
+                server.abort(one)
 
         order_all(self._servers.workers, abort)
 

@@ -161,7 +161,7 @@ class InFlight:
         looks = (await asyncio.to_thread(ask_all, workers, looks_of)).given
         if self._gate.state is ours:
             return {}
-        return {worker.url: each for worker, each in looks.items()}
+        return {server.url: each for server, each in looks.items()}
 
 
 class _Lasting:

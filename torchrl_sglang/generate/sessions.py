@@ -37,7 +37,7 @@ class Session:
     prompt that begins with everything so far, only the rest is sent. One request at a time.
 
     Args:
-        worker: the server that is to hold it.
+        server: the one that is to hold it.
         timeout_s: seconds after the last request began until the server closes it; None: never.
         session_id: its name; None: the server's choice.
         capacity_of_str_len: as SGLang takes it, which does not hold sessions to it.
@@ -53,19 +53,19 @@ class Session:
 
     def __init__(
         self,
-        worker: ControlClient,
+        server: ControlClient,
         *,
         timeout_s: float | None = None,
         session_id: str | None = None,
         capacity_of_str_len: int = SESSION_CAPACITY,
     ) -> None:
         body = _opening(session_id, capacity_of_str_len, timeout_s)
-        answer = worker.open_session(body)
+        answer = server.open_session(body)
         if not isinstance(answer, str) or not answer:
-            raise RequestRefusedError(f"{worker.url} opened no session: {answer!r:.200}")
+            raise RequestRefusedError(f"{server.url} opened no session: {answer!r:.200}")
         self.session_id = answer
         self.tokens: list[int] = []
-        self._worker = worker
+        self._worker = server
         self._last_rid: str | None = None
         self._held: dict[str, tuple[int, ...]] = {}  # tokens up to each completed request
         self._busy = False
@@ -215,10 +215,10 @@ class Sessions:
             self._forget_closed()
             if session_id in self._open:
                 raise ConfigError(f"session {session_id!r} is open here: close it, or rename one.")
-            worker = workers[self._next_worker % len(workers)]
+            server = workers[self._next_worker % len(workers)]
             self._next_worker += 1
         session = Session(
-            worker,
+            server,
             timeout_s=timeout_s,
             session_id=session_id,
             capacity_of_str_len=capacity_of_str_len,

@@ -19,7 +19,7 @@ from .guard import kill_session, session_members
 from .options import KnownOptions
 
 GUARD = Path(__file__).with_name("guard.py")
-PROBE = Path(__file__).with_name("probe.py")
+LIST_OPTIONS = Path(__file__).with_name("list_options.py")
 SECRET_OPTIONS = ("--api-key", "--admin-api-key")
 POLL_S = 0.1
 KILLED_S = 30.0  # how long a killed process may take to give its memory back
@@ -217,7 +217,7 @@ def known_options(python: str) -> dict[str, KnownOptions]:
 
     Nothing is known of what can't be found out: it lets everything pass.
     """
-    command = [python, "-c", PROBE.read_text()]
+    command = [python, "-c", LIST_OPTIONS.read_text()]
     try:
         probe = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=True)
         found = json.loads(probe.stdout)

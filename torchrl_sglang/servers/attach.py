@@ -67,20 +67,20 @@ class Cluster:
 
     def without(self, url: str) -> Self:
         """The cluster after one server has left."""
-        kept = [index for index, worker in enumerate(self.workers) if worker.url != url]
+        kept = [index for index, server in enumerate(self.workers) if server.url != url]
         return replace(
             self,
             workers=tuple(self.workers[index] for index in kept),
             infos=tuple(self.infos[index] for index in kept),
         )
 
-    def having(self, worker: ControlClient, info: WorkerInfo) -> Self:
+    def having(self, server: ControlClient, info: WorkerInfo) -> Self:
         """The cluster after a server has joined, or has come back to its place."""
         servers = {w.url: (w, i) for w, i in zip(self.workers, self.infos, strict=True)}
-        servers[worker.url] = (worker, info)
+        servers[server.url] = (server, info)
         return replace(
             self,
-            workers=tuple(worker for worker, _ in servers.values()),
+            workers=tuple(server for server, _ in servers.values()),
             infos=tuple(info for _, info in servers.values()),
         )
 
@@ -109,7 +109,7 @@ def attach(
     said = {info.url: info for info in known}
     said |= {url: answer.info for url, answer in answers.items() if answer.info}
     members = _members(url, workers, answers, said)
-    infos = tuple(said[worker.url] for worker in members)
+    infos = tuple(said[server.url] for server in members)
     models = {info.model_path for info in infos}
     if len(models) > 1:
         raise ConnectError(f"the workers behind {url} serve different models: {sorted(models)}.")
@@ -130,7 +130,7 @@ def _members(
     said: Mapping[str, WorkerInfo],
 ) -> tuple[ControlClient, ...]:
     """The servers of which it is known what they are; warns of the others."""
-    members = tuple(worker for worker in workers if worker.url in said)
+    members = tuple(server for server in workers if server.url in said)
     silent = {url: answer.error for url, answer in answers.items() if url not in said}
     if not members:
         raise ConnectError(f"can't attach to {url}: {_told(silent)}")
@@ -159,18 +159,18 @@ class _Answer:
 def _ask(workers: Sequence[ControlClient]) -> dict[str, _Answer]:
     """Asks all servers at once; answers by URL, errors as in `attach`."""
     answers = order_all(workers, _asked)
-    return {worker.url: answer for worker, answer in zip(workers, answers, strict=True)}
+    return {server.url: answer for server, answer in zip(workers, answers, strict=True)}
 
 
-def read_info(worker: ControlClient) -> WorkerInfo:
+def read_info(server: ControlClient) -> WorkerInfo:
     """What a server says of itself.
 
     Raises:
         ConnectError: it does not answer, or as nothing that this library knows.
     """
-    answer = _asked(worker)
+    answer = _asked(server)
     if answer.info is None:
-        raise ConnectError(f"can't attach to {worker.url}: {answer.error}") from answer.error
+        raise ConnectError(f"can't attach to {server.url}: {answer.error}") from answer.error
     return answer.info
 
 
@@ -181,19 +181,19 @@ def client_of(url: str, keys: Credentials, timeouts: Timeouts) -> ControlClient:
     )
 
 
-def _asked(worker: ControlClient) -> _Answer:
+def _asked(server: ControlClient) -> _Answer:
     try:
-        server_info = worker.server_info()
-        model_info = worker.model_info()
-        openapi = worker.openapi()
+        server_info = server.server_info()
+        model_info = server.model_info()
+        openapi = server.openapi()
     except (ConnectError, ServerFailedError, RequestTimeoutError) as error:
         return _Answer(error=error)
     except ServiceError as error:
-        hint = path_hint(worker.url) if isinstance(error, RequestRefusedError) else ""
-        raise ConnectError(f"can't attach to {worker.url}: {error}.{hint}") from error
-    info = parse_worker_info(worker.url, server_info, model_info, openapi)
+        hint = path_hint(server.url) if isinstance(error, RequestRefusedError) else ""
+        raise ConnectError(f"can't attach to {server.url}: {error}.{hint}") from error
+    info = parse_worker_info(server.url, server_info, model_info, openapi)
     path = _model_folder(info.model_path, info.tokenizer_path)
-    size, paused = _vocab_size(worker, path)
+    size, paused = _vocab_size(server, path)
     features = replace(info.features, eos_ids=configured_eos_ids(Path(path)))
     info = replace(info, model_path=path, vocab_size=size, features=features)
     return _Answer(info=info, paused=paused)
@@ -211,14 +211,14 @@ def _model_folder(model_path: str, tokenizer_path: str) -> str:
     )
 
 
-def _vocab_size(worker: ControlClient, model_path: str) -> tuple[int | None, bool]:
+def _vocab_size(server: ControlClient, model_path: str) -> tuple[int | None, bool]:
     """Asks a server; where it does not say, the model's folder, if it is on this machine.
 
     And whether it kept its answer back, as it does while it is paused.
     """
     size, paused = None, False
     try:
-        worker.score(QUESTION, PAUSED_S)
+        server.score(QUESTION, PAUSED_S)
     except RequestRefusedError as error:
         size = told_vocab_size(error.body)
     except RequestTimeoutError:

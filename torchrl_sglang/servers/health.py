@@ -41,44 +41,44 @@ def lifeless(
     """
     gone = {*silent_at(_asks_schedulers, workers, ALIVE_S)}
     on_gpu = {info.url for info in infos if info.device != "cpu" and info.capabilities.checksum}
-    asked = [worker for worker in workers if worker.url in on_gpu - gone]
+    asked = [server for server in workers if server.url in on_gpu - gone]
     gone |= {*silent_at(waits_for_gpu, asked, timeout_s)}
-    return tuple(worker.url for worker in workers if worker.url in gone)
+    return tuple(server.url for server in workers if server.url in gone)
 
 
 def silent_at(ask: Ask, workers: Sequence[ControlClient], timeout_s: float) -> list[str]:
     """URLs of the servers that answer nothing within ``timeout_s``, not even an error."""
     answers = ask_all(
-        workers, lambda worker: _answers(worker, ask, timeout_s), within_s=timeout_s + LAG_S
+        workers, lambda server: _answers(server, ask, timeout_s), within_s=timeout_s + LAG_S
     )
-    return [worker.url for worker in workers if not answers.given.get(worker)]
+    return [server.url for server in workers if not answers.given.get(server)]
 
 
-def needs_no_scheduler(worker: ControlClient, timeout_s: float) -> None:
+def needs_no_scheduler(server: ControlClient, timeout_s: float) -> None:
     """Asks what a server answers by itself."""
-    worker.model_info(timeout_s)
+    server.model_info(timeout_s)
 
 
-def _asks_schedulers(worker: ControlClient, timeout_s: float) -> None:
-    worker.server_info(timeout_s)
+def _asks_schedulers(server: ControlClient, timeout_s: float) -> None:
+    server.server_info(timeout_s)
 
 
-def waits_for_gpu(worker: ControlClient, timeout_s: float) -> None:
+def waits_for_gpu(server: ControlClient, timeout_s: float) -> None:
     """Asks what every rank answers once its GPU is done with all that it was given.
 
     Raises:
         ServiceError: there was no answer. That it can't is one.
     """
     try:
-        worker.checksums(timeout_s)
+        server.checksums(timeout_s)
     except HTTPAnswerError as error:
         if error.status is None:
             raise
 
 
-def _answers(worker: ControlClient, ask: Ask, timeout_s: float) -> bool:
+def _answers(server: ControlClient, ask: Ask, timeout_s: float) -> bool:
     try:
-        ask(worker, timeout_s)
+        ask(server, timeout_s)
     except HTTPAnswerError as error:
         return error.status is not None
     except ServiceError:
@@ -98,12 +98,12 @@ class Looks(enum.Enum):
     SILENT = "silent"
 
 
-def is_paused(worker: ControlClient) -> bool:
+def is_paused(server: ControlClient) -> bool:
     """Whether a server is paused, see `looks_of`."""
-    return looks_of(worker) is Looks.PAUSED
+    return looks_of(server) is Looks.PAUSED
 
 
-def looks_of(worker: ControlClient) -> Looks:
+def looks_of(server: ControlClient) -> Looks:
     """What a server looks like. Takes up to two times `REFUSAL_S` if it is paused.
 
     SGLang says since 0.5.20 whether it is ready, which a server that works on a long prompt may not
@@ -111,7 +111,7 @@ def looks_of(worker: ControlClient) -> Looks:
     waits for the end of a pause.
     """
     try:
-        worker.ready(REFUSAL_S)
+        server.ready(REFUSAL_S)
     except RequestTimeoutError:
         return Looks.SILENT
     except (RequestRefusedError, ServerFailedError):
@@ -121,7 +121,7 @@ def looks_of(worker: ControlClient) -> Looks:
     else:
         return Looks.ANSWERS
     try:
-        worker.score(QUESTION, REFUSAL_S)
+        server.score(QUESTION, REFUSAL_S)
     except RequestTimeoutError:
         return Looks.PAUSED
     except ServiceError:

@@ -241,6 +241,6 @@ def parse_worker_urls(answer: object) -> list[str] | None:
     workers = answer.get("workers") if isinstance(answer, Mapping) else None
     if not isinstance(workers, list):
         return None
-    if not all(isinstance(worker, Mapping) and "url" in worker for worker in workers):
+    if not all(isinstance(server, Mapping) and "url" in server for server in workers):
         return None
-    return [str(worker["url"]).rstrip("/") for worker in workers]
+    return [str(server["url"]).rstrip("/") for server in workers]

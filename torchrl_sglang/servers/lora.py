@@ -90,15 +90,15 @@ class Adapters:
                 unloaded from the others.
         """
         _check_name(name)
-        folder = adapter_path(path, [worker.url for worker in self._workers])
-        holders = [worker.url for worker, names in self._registries().items() if name in names]
+        folder = adapter_path(path, [server.url for server in self._workers])
+        holders = [server.url for server, names in self._registries().items() if name in names]
         if holders:
             raise ConfigError(
                 f"adapter {name!r} is loaded already, on {', '.join(holders)}: unload it first, or "
                 "choose another name."
             )
         body = {"lora_name": name, "lora_path": folder, "pinned": pinned}
-        answers = ask_all(self._workers, lambda worker: worker.load_adapter(body, timeout_s))
+        answers = ask_all(self._workers, lambda server: server.load_adapter(body, timeout_s))
         if failures := answers.failures:
             note = self._roll_back(name, failures, timeout_s)
             self._raise_failure(f"adapter {name!r} was not loaded", failures, note)
@@ -163,7 +163,7 @@ class Adapters:
             return
         registries = self._registries(skip_dead=True)
         for name in sorted(stale):
-            missing = [worker.url for worker, names in registries.items() if name not in names]
+            missing = [server.url for server, names in registries.items() if name not in names]
             everywhere = frozenset.intersection(*registries.values())
             versions = versions_of(name, everywhere) if missing else ()
             self.versions.listed(name, versions)
@@ -200,30 +200,30 @@ class Adapters:
         """
         loaded = [w for w in self._workers if not isinstance(failures.get(w), RequestRefusedError)]
         if left := ask_all(loaded, partial(unload, name, timeout_s)).failures:
-            urls = ", ".join(worker.url for worker in left)
+            urls = ", ".join(server.url for server in left)
             return f"{urls} may have it now: call unload({name!r}) once it answers"
         return "no server has it"
 
     def _raise_failure(self, what: str, failures: Failures, note: str) -> NoReturn:
         """Raises the first server's error, with its name and what it said."""
         self._raise_disabled()
-        worker, error = next(iter(failures.items()))
-        others = [f"{other.url} failed too" for other in failures if other is not worker]
-        message = "; ".join([f"{what}: {worker.url} says: {said(error)}", *others, note])
+        server, error = next(iter(failures.items()))
+        others = [f"{other.url} failed too" for other in failures if other is not server]
+        message = "; ".join([f"{what}: {server.url} says: {said(error)}", *others, note])
         raise retold(error, message) from error
 
     def _raise_disabled(self) -> None:
         """Raises if it is the servers' options that rule out adapters; asked only after a no."""
-        for worker in self._workers:
+        for server in self._workers:
             try:
-                info = worker.server_info()
+                info = server.server_info()
             except ServiceError:
                 continue  # the error at hand says more
             if not info.get("enable_lora", True):
-                raise UnsupportedOptionError(f"{worker.url} runs without LoRA: {SERVE_WITH}.")
+                raise UnsupportedOptionError(f"{server.url} runs without LoRA: {SERVE_WITH}.")
             if info.get("dp_size", 1) > 1:
                 raise UnsupportedOptionError(
-                    f"{worker.url} runs with dp_size={info['dp_size']}, with which SGLang can't "
+                    f"{server.url} runs with dp_size={info['dp_size']}, with which SGLang can't "
                     "load adapters: use num_replicas instead."
                 )
 
@@ -237,23 +237,23 @@ def _check_name(name: str) -> None:
 T = TypeVar("T")
 
 
-def registered(worker: ControlClient) -> frozenset[str]:
+def registered(server: ControlClient) -> frozenset[str]:
     """Names from ``/v1/models``, which lists the base model too; only adapters have a parent."""
-    answer = worker.models()
+    answer = server.models()
     try:
         return frozenset(card["id"] for card in answer["data"] if card.get("parent") is not None)
     except (KeyError, TypeError, AttributeError) as error:
         raise ResponseError(
-            f"GET {worker.url}/v1/models gave no list of models: {str(answer)[:200]!r}."
+            f"GET {server.url}/v1/models gave no list of models: {str(answer)[:200]!r}."
         ) from error
 
 
-def unload(name: str, timeout_s: float | None, worker: ControlClient) -> bool:
+def unload(name: str, timeout_s: float | None, server: ControlClient) -> bool:
     """Whether the server had it."""
     try:
-        worker.unload_adapter(name, timeout_s)
+        server.unload_adapter(name, timeout_s)
     except RequestRefusedError:
-        if name in registered(worker):
+        if name in registered(server):
             raise
         return False
     return True

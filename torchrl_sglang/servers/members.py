@@ -111,7 +111,7 @@ class Servers:
         """A control client per server that is not known to be dead; all if every one is."""
         workers, fleet = self.cluster.workers, self.fleet
         dead = () if fleet is None else {*fleet.server_urls} - {*fleet.living_urls}
-        return tuple(worker for worker in workers if worker.url not in dead) or workers
+        return tuple(server for server in workers if server.url not in dead) or workers
 
     @property
     def info(self) -> WorkerInfo:
@@ -196,7 +196,7 @@ class Servers:
                 f"no server lives any more: {said or 'they were ended here.'} "
                 "restart_workers(service.managed_urls), or a push of the whole model, starts them."
             )
-        members = {worker.url for worker in self.known_workers} - self._unrouted
+        members = {server.url for server in self.known_workers} - self._unrouted
         try:
             fleet.revive_router([url for url in living if url in members])
         except LaunchError as error:
@@ -205,7 +205,7 @@ class Servers:
     def lifeless(self) -> tuple[str, ...]:
         """URLs of those started here that don't answer, or never will again; see `lifeless`."""
         managed, cluster = self.managed_urls, self.cluster
-        workers = [worker for worker in cluster.workers if worker.url in managed]
+        workers = [server for server in cluster.workers if server.url in managed]
         return lifeless(workers, cluster.infos, self.timeouts.control_s)
 
     def flush_cache(self) -> bool:
@@ -355,22 +355,22 @@ class Servers:
     def _failure(self, url: str, start: Future[ControlClient]) -> EngineLostError | None:
         """Why a server did not start; one that did is taken back."""
         try:
-            worker = start.result()  # bounded by what it waits for itself
+            server = start.result()  # bounded by what it waits for itself
             known = {info.url: info for info in self.cluster.infos}
-            info = known.get(url) or read_info(worker)
+            info = known.get(url) or read_info(server)
         except (LaunchError, ServiceError) as error:
             failed = EngineLostError(f"it did not start again: {error}", step=RESTART, engine=url)
             failed.__cause__ = error
             return failed
         with self._lock:
-            self._cluster = self.cluster.having(worker, info)
+            self._cluster = self.cluster.having(server, info)
         return None
 
     def _restarted(self, fleet: Fleet, url: str, given_up: threading.Event) -> ControlClient:
         fleet.restart(url, given_up)
-        worker = client_of(url, self.keys, self.timeouts)
-        worker.pause("retract")
-        return worker
+        server = client_of(url, self.keys, self.timeouts)
+        server.pause("retract")
+        return server
 
     def _fleet_of(self, urls: Iterable[str]) -> Fleet:
         fleet = self.fleet
@@ -392,7 +392,7 @@ class Servers:
         Raises:
             PushError: the router does not take one.
         """
-        held = self._unrouted & {worker.url for worker in self.cluster.workers}
+        held = self._unrouted & {server.url for server in self.cluster.workers}
         for url in held:
             try:
                 if self.lost:
@@ -407,7 +407,7 @@ class Servers:
             self.refresh()
 
     def _go_on(self) -> None:
-        joining = [worker for worker in self.cluster.workers if worker.url in self._unrouted]
+        joining = [server for server in self.cluster.workers if server.url in self._unrouted]
         order_all(joining, ControlClient.resume)
         if not self.versions.adapters_only:  # else the next push brings the adapter
             self.rejoin()

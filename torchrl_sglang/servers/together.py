@@ -118,12 +118,12 @@ class Courier:
     thread at the interpreter's exit; it ends with the courier, after the call that it is in.
     """
 
-    def __init__(self, worker: ControlClient) -> None:
-        self.url = worker.url
+    def __init__(self, server: ControlClient) -> None:
+        self.url = server.url
         self._orders: queue.SimpleQueue[tuple[Order[Any], Future[Any]] | None] = queue.SimpleQueue()
         threading.Thread(
             target=_carry_out,
-            args=(worker, self._orders),
+            args=(server, self._orders),
             name="torchrl_sglang-courier",
             daemon=True,
         ).start()
@@ -141,12 +141,12 @@ class Courier:
 
 
 def _carry_out(
-    worker: ControlClient, orders: queue.SimpleQueue[tuple[Order[Any], Future[Any]] | None]
+    server: ControlClient, orders: queue.SimpleQueue[tuple[Order[Any], Future[Any]] | None]
 ) -> None:
     while (order := orders.get()) is not None:
         call, future = order
         try:
-            future.set_result(call(worker))
+            future.set_result(call(server))
         except BaseException as error:  # noqa: BLE001
             future.set_exception(error)
         del order, call, future

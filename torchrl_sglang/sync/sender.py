@@ -288,7 +288,7 @@ def check_engine(engine: Any, service: AsyncSGLang) -> None:
         return
     cluster = getattr(engine, "cluster", None)
     url = engine if isinstance(engine, str) else getattr(engine, "server_url", None)
-    ours = {service.server_url, *(worker.url for worker in service.workers)}
+    ours = {service.server_url, *(server.url for server in service.workers)}
     if cluster is not None:
         same = {w.url for w in cluster.workers} == {w.url for w in service.workers}
     elif isinstance(url, str):

@@ -148,7 +148,7 @@ class Link:
 
     def goes_on_without(self, error: EngineLostError) -> bool:
         """Whether the user allows that the engine is left out, and others are left."""
-        known = any(worker.url == error.engine for worker in self.workers)
+        known = any(server.url == error.engine for server in self.workers)
         return self.config.lost_engines == "drop" and known and len(self.workers) > 1
 
     # What is pushed to

@@ -45,10 +45,10 @@ def after_failure(
         says so if an engine that lives does not answer the pause.
     """
 
-    def pause(worker: ControlClient) -> None:
-        worker.pause("retract", LIVENESS_S)
+    def pause(server: ControlClient) -> None:
+        server.pause("retract", LIVENESS_S)
         if in_session:
-            worker.end(LIVENESS_S)
+            server.end(LIVENESS_S)
 
     ask = partial(ask_all, workers, pause, within_s=LIVENESS_S)
     pauses = in_thread(ask, "torchrl_sglang-pause")
@@ -78,8 +78,8 @@ def with_its_cause(error: BaseException, workers: Sequence[ControlClient]) -> Ba
     """
     if not isinstance(error, PushError):
         return error
-    failed = [worker for worker in workers if worker.url == error.engine]
-    others = [worker for worker in workers if worker.url != error.engine]
+    failed = [server for server in workers if server.url == error.engine]
+    others = [server for server in workers if server.url != error.engine]
     lost = None
     if failed and broke_connection(error):
         lost = _first_gone([*failed, *others], DYING_S)
@@ -96,9 +96,9 @@ def _first_gone(workers: Sequence[ControlClient], within_s: float) -> str | None
     """URL of the first at which nothing listens any more."""
     deadline = time.monotonic() + within_s
     while workers and time.monotonic() < deadline:
-        for worker in workers:
-            if not worker.listens(LIVENESS_S):
-                return worker.url
+        for server in workers:
+            if not server.listens(LIVENESS_S):
+                return server.url
         time.sleep(DYING_POLL_S)
     return None
 
@@ -126,7 +126,7 @@ def _first_silent(workers: Sequence[ControlClient]) -> str | None:
 def _add_stuck(error: PushError, pauses: Answers[None]) -> None:
     """Has the message name the engines that live and don't answer."""
     lost = error.engine if isinstance(error, EngineLostError) else None
-    late = [worker for worker, each in pauses.failures.items() if isinstance(each, TimeoutError)]
-    silent = [worker.url for worker in late if worker.url != lost]
+    late = [server for server, each in pauses.failures.items() if isinstance(each, TimeoutError)]
+    silent = [server.url for server in late if server.url != lost]
     if silent:
         error.args = (f"{error.args[0]} ({', '.join(silent)} {STUCK}.)",)

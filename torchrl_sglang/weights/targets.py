@@ -19,27 +19,27 @@ TAKE_OVER_S = 1.0
 TAKE_OVER_POLL_S = 0.05
 
 
-def _begin(timeout_s: float, worker: ControlClient) -> None:
+def _begin(timeout_s: float, server: ControlClient) -> None:
     deadline, waited = time.monotonic() + TAKE_OVER_S, False
-    while not _opens(timeout_s, worker):
+    while not _opens(timeout_s, server):
         waited = True
         if time.monotonic() > deadline:
-            worker.end(timeout_s)
-            worker.begin(timeout_s)
+            server.end(timeout_s)
+            server.begin(timeout_s)
             return
         time.sleep(TAKE_OVER_POLL_S)
     if waited:
         # Its trainer goes on with the version and lets the server go, in the middle of this push.
-        worker.end(timeout_s)
+        server.end(timeout_s)
         raise ServiceError(
             "another process was pushing to this server: one trainer at a time can, and its push "
             "and this one may both be incomplete. Push again once the other has stopped."
         )
 
 
-def _opens(timeout_s: float, worker: ControlClient) -> bool:
+def _opens(timeout_s: float, server: ControlClient) -> bool:
     try:
-        worker.begin(timeout_s)
+        server.begin(timeout_s)
     except RequestRefusedError:
         return False
     return True
@@ -81,7 +81,7 @@ class Targets:
     def ask(self, call: Order[Any]) -> dict[Future[Any], str | None]:
         """Makes a call to every server; the answers, and whose each is."""
         if not self._couriers:
-            self._couriers = [Courier(worker) for worker in self.workers]
+            self._couriers = [Courier(server) for server in self.workers]
         return {courier.send(call): courier.url for courier in self._couriers}
 
     def do(self, step: str, call: Order[Any], timeout_s: float | None = None) -> None:
@@ -100,11 +100,11 @@ class Targets:
 
     def pause(self, step: str, mode: str) -> None:
         """Pauses every server; errors as in `do`, under the name of a step."""
-        self.do(step, lambda worker: worker.pause(mode, self.step_s), self.step_s)
+        self.do(step, lambda server: server.pause(mode, self.step_s), self.step_s)
 
     def resume(self) -> None:
         """Has every server go on; errors as in `do`."""
-        self.do("continue", lambda worker: worker.resume(self.step_s), self.step_s)
+        self.do("continue", lambda server: server.resume(self.step_s), self.step_s)
 
     def check_allowed(self, method: str) -> None:
         """Finds out whether servers let this process carry weights so, see `ControlClient`.
@@ -130,7 +130,7 @@ class Targets:
         """Closes the update session; errors as in `do`."""
         within_s = timeout_s or self.timeout_s
         if self.takes_begin_end:
-            self.do("end", lambda worker: worker.end(within_s), within_s)
+            self.do("end", lambda server: server.end(within_s), within_s)
 
     def flush(self) -> bool:
         """Empties the prefix caches of paused servers; whether all are empty now.
@@ -144,13 +144,13 @@ class Targets:
         may_refuse = self.has_salts and not self.takes_begin_end
         refused: list[str] = []
 
-        def flush(worker: ControlClient) -> None:
+        def flush(server: ControlClient) -> None:
             try:
-                worker.flush(self.step_s)
+                server.flush(self.step_s)
             except RequestRefusedError:
                 if not may_refuse:
                     raise
-                refused.append(worker.url)
+                refused.append(server.url)
 
         self.do("flush", flush, self.step_s)
         return not refused
@@ -167,7 +167,7 @@ class Targets:
         if not all(info.capabilities.checksum for info in self.infos):
             return
         try:
-            self.do(step, lambda worker: waits_for_gpu(worker, self.timeout_s))
+            self.do(step, lambda server: waits_for_gpu(server, self.timeout_s))
         except PushTimeoutError as error:
             raise PushTimeoutError(
                 f"its GPU did not get done within {self.timeout_s:g} s with what it was given "
@@ -180,7 +180,7 @@ class Targets:
     def set_version(self, version: int) -> None:
         """Tells every server the number of its weights; errors as in `do`."""
         number, step_s = str(version), self.step_s
-        self.do("version", lambda worker: worker.set_version(number, step_s), step_s)
+        self.do("version", lambda server: server.set_version(number, step_s), step_s)
 
     def close(self) -> None:
         """Lets go of the threads; one that hangs in a call is left behind. Harmless twice."""

@@ -134,20 +134,20 @@ class Broadcast(Carrier):
 
     def _invite(self, rendezvous: Rendezvous, name: str) -> dict[Future[Any], str | None]:
         offsets = {
-            worker.url: offset
-            for worker, offset in zip(self._targets.workers, self._ranks.offsets, strict=True)
+            server.url: offset
+            for server, offset in zip(self._targets.workers, self._ranks.offsets, strict=True)
         }
 
-        def invite(worker: ControlClient) -> None:
+        def invite(server: ControlClient) -> None:
             body = {
                 "master_address": rendezvous.address,
                 "master_port": rendezvous.port,
-                "rank_offset": offsets[worker.url],
+                "rank_offset": offsets[server.url],
                 "world_size": self._ranks.world_size,
                 "group_name": name,
                 "backend": self._backend,
             }
-            worker.join(body, self._timeouts.group_s)
+            server.join(body, self._timeouts.group_s)
 
         return self._targets.ask(invite)
 
@@ -242,7 +242,7 @@ class Broadcast(Carrier):
             return
         name, timeout_s = group.name, self._timeouts.step_s
         # NCCL ends a communicator only when all ranks do, so no side may wait for another.
-        ends = self._targets.ask(lambda worker: worker.leave(name, timeout_s))
+        ends = self._targets.ask(lambda server: server.leave(name, timeout_s))
         left = in_thread(
             lambda: group.close(broken=False), "torchrl_sglang-leave", exit_waits_s=timeout_s
         )
@@ -261,7 +261,7 @@ class Broadcast(Carrier):
 
     def _tell(self, order: Callable[..., None], *args: Any) -> None:
         """Gives an order to every server from threads that nothing waits for."""
-        tell_all(self._targets.workers, lambda worker: order(worker, *args, timeout_s=CLEAN_UP_S))
+        tell_all(self._targets.workers, lambda server: order(server, *args, timeout_s=CLEAN_UP_S))
 
 
 def operation_s(backend: str, timeouts: Timeouts) -> float:
@@ -278,8 +278,8 @@ def _leave(joined: Future[TrainerGroup]) -> None:
         joined.result().close(broken=True)
 
 
-def _announce(body: Mapping[str, Any], timeout_s: float, worker: ControlClient) -> None:
-    worker.announce(body, timeout_s)
+def _announce(body: Mapping[str, Any], timeout_s: float, server: ControlClient) -> None:
+    server.announce(body, timeout_s)
 
 
 def sending_device(served_on: str, given: torch.device | str | int | None) -> torch.device:

@@ -63,7 +63,7 @@ class DiskCarrier(Carrier):
         timeouts: Timeouts,
         owner: object,
     ) -> None:
-        far = [worker.url for worker in targets.workers if not is_here(worker.url)]
+        far = [server.url for server in targets.workers if not is_here(server.url)]
         if far and folder is None:
             raise TopologyError(
                 f"method='disk' writes where servers can read, but {', '.join(far)} is on another "
@@ -109,7 +109,7 @@ class DiskCarrier(Carrier):
         return "files"
 
 
-def _load(checkpoint: Path, timeout_s: float, worker: ControlClient) -> None:
+def _load(checkpoint: Path, timeout_s: float, server: ControlClient) -> None:
     body = {
         "model_path": str(checkpoint),
         "load_format": "safetensors",
@@ -118,7 +118,7 @@ def _load(checkpoint: Path, timeout_s: float, worker: ControlClient) -> None:
         "abort_all_requests": False,
         "weight_version": None,
     }
-    worker.load_files(body, timeout_s)
+    server.load_files(body, timeout_s)
 
 
 def _made(folder: str | None, owner: object) -> Path:

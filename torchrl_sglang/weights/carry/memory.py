@@ -46,7 +46,7 @@ class TensorCarrier(Carrier):
 
     def __init__(self, targets: Targets, *, device: torch.device, timeouts: Timeouts) -> None:
         plan_ranks(targets.infos)
-        far = [worker.url for worker in targets.workers if not is_here(worker.url)]
+        far = [server.url for server in targets.workers if not is_here(server.url)]
         if far:
             raise TopologyError(
                 f"method='tensor' shares memory with the servers, but {', '.join(far)} is not on "
@@ -137,8 +137,8 @@ class TensorCarrier(Carrier):
         self._buffers.clear()
 
 
-def _call_own(calls: Mapping[str, Call], worker: ControlClient) -> None:
-    calls[worker.url](worker)
+def _call_own(calls: Mapping[str, Call], server: ControlClient) -> None:
+    calls[server.url](server)
 
 
 def _announcement(messages: Sequence[str], timeout_s: float) -> Call:
@@ -151,7 +151,7 @@ def _announcement(messages: Sequence[str], timeout_s: float) -> Call:
         "weight_version": None,
     }
 
-    def announce(worker: ControlClient) -> None:
-        worker.load_tensors(body, timeout_s)
+    def announce(server: ControlClient) -> None:
+        server.load_tensors(body, timeout_s)
 
     return announce

@@ -29,10 +29,10 @@ def plan_ranks(workers: Sequence[WorkerInfo]) -> Ranks:
         TopologyError: a server has data- or pipeline-parallel ranks, which a broadcast can't reach.
     """
     offsets, next_rank = [], 1
-    for worker in workers:
-        check_topology(worker)
+    for server in workers:
+        check_topology(server)
         offsets.append(next_rank)
-        next_rank += worker.tp_size
+        next_rank += server.tp_size
     return Ranks(world_size=next_rank, offsets=tuple(offsets))
 
 
@@ -41,15 +41,15 @@ def count_ranks(workers: Sequence[WorkerInfo]) -> int:
     return sum(w.tp_size * w.pp_size * w.num_copies for w in workers)
 
 
-def check_topology(worker: WorkerInfo) -> None:
+def check_topology(server: WorkerInfo) -> None:
     """Raises `TopologyError` where SGLang refuses a broadcast, or hangs in it."""
-    if worker.pp_size > 1:
+    if server.pp_size > 1:
         raise TopologyError(
-            f"{worker.url} runs with pp_size={worker.pp_size}: a weight broadcast deadlocks there. "
+            f"{server.url} runs with pp_size={server.pp_size}: a weight broadcast deadlocks there. "
             "Use tp_size instead, or more replicas, or WeightSyncConfig(method='disk')."
         )
-    if worker.num_copies > 1:
+    if server.num_copies > 1:
         raise TopologyError(
-            f"{worker.url} runs with dp_size={worker.dp_size}: SGLang takes no weight broadcast "
+            f"{server.url} runs with dp_size={server.dp_size}: SGLang takes no weight broadcast "
             "there. Use num_replicas instead of dp_size, or WeightSyncConfig(method='disk')."
         )

@@ -40,12 +40,12 @@ class Load:
     bodies: Mapping[str, Mapping[str, Any]]
     num_bytes: int
 
-    def post(self, worker: ControlClient, timeout_s: float) -> None:
+    def post(self, server: ControlClient, timeout_s: float) -> None:
         """Gives the order to one server; an error says what SGLang said, not all of its answer."""
         try:
-            self.order(worker, self.bodies[worker.url], timeout_s)
+            self.order(server, self.bodies[server.url], timeout_s)
         except HTTPAnswerError as error:
-            message = f"{worker.url} answered {error.status}: {said(error)}"
+            message = f"{server.url} answered {error.status}: {said(error)}"
             raise retold(error, message) from error
 
 

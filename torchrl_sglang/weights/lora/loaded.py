@@ -138,6 +138,6 @@ class LoadedVersions:
         return frozenset(versioned(self._name, version) for version in versions)
 
 
-def _unload_each(names: Iterable[str], timeout_s: float, worker: ControlClient) -> Any:
+def _unload_each(names: Iterable[str], timeout_s: float, server: ControlClient) -> Any:
     for name in names:
-        unload(name, timeout_s, worker)
+        unload(name, timeout_s, server)

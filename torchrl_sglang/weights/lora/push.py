@@ -127,7 +127,7 @@ class AdapterPusher:
                 )
             self._servers.gate.wait_until_open(self._servers.timeouts.control_s)
             check_servers(self.link.infos)
-            urls = [worker.url for worker in self.link.workers]
+            urls = [server.url for server in self.link.workers]
             adapter = read_adapter(
                 source, reference, server_urls=urls, finite=self.config.check_finite
             )
@@ -181,7 +181,7 @@ class AdapterPusher:
         try:
             sent_at = time.perf_counter()
             with timer.measure("load"):
-                targets.do("load", lambda worker: load.post(worker, timeout_s), timeout_s)
+                targets.do("load", lambda server: load.post(server, timeout_s), timeout_s)
             push_s = time.perf_counter() - sent_at
             with timer.measure("verify"):
                 if probe is not None:

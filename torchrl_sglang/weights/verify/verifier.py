@@ -172,7 +172,7 @@ class Verifier:
             self._unproved = f"Checksums prove nothing of {self._infos[0].url}: {lone}."
             return
         within_s = timeout_s or targets.timeout_s
-        given = targets.collect("verify", lambda worker: worker.checksums(within_s), within_s)
+        given = targets.collect("verify", lambda server: server.checksums(within_s), within_s)
         answers = [
             _parsed(info.url, parse_checksums, answer, info.tp_size, info.num_copies)
             for info, answer in zip(targets.infos, given, strict=True)
@@ -250,16 +250,16 @@ def compare_probe(
     """
     body = probe_body(ids, salt, lora)
 
-    def score(worker: ControlClient) -> Any:
-        return worker.score(body, timeout_s)
+    def score(server: ControlClient) -> Any:
+        return server.score(body, timeout_s)
 
     given = targets.collect("verify", score, timeout_s)
-    for worker, answer in zip(targets.workers, given, strict=True):
-        theirs = _parsed(worker.url, parse_probe, answer, ids)
+    for server, answer in zip(targets.workers, given, strict=True):
+        theirs = _parsed(server.url, parse_probe, answer, ids)
         worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         if worst > tolerance:
             raise VerificationError(
-                f"{worker.url} scores a probe differently from the trainer's model: log-probs "
+                f"{server.url} scores a probe differently from the trainer's model: log-probs "
                 f"differ by up to {worst:.3f} (probe_tolerance={tolerance})."
             )
 
