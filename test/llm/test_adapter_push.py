@@ -49,8 +49,8 @@ from torchrl_sglang.errors import (
     WeightsError,
 )
 from torchrl_sglang.servers import lora as adapters
+from torchrl_sglang.servers.control import ControlClient
 from torchrl_sglang.servers.gate import ServiceState
-from torchrl_sglang.servers.http import ControlClient
 from torchrl_sglang.weights.lora import room as adapter_room
 from torchrl_sglang.weights.lora.load import prepared
 from torchrl_sglang.weights.lora.source import read_adapter

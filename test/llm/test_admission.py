@@ -42,9 +42,9 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.generate import client as data_client
 from torchrl_sglang.generate.in_flight import Calls
+from torchrl_sglang.servers.control import ControlClient
 from torchrl_sglang.servers.gate import UpdateGate
 from torchrl_sglang.servers.health import Looks, is_paused, looks_of
-from torchrl_sglang.servers.http import ControlClient
 from torchrl_sglang.servers.together import Engines
 from torchrl_sglang.weights.carry.group import in_thread
 

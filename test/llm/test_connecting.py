@@ -33,8 +33,9 @@ from torchrl_sglang.errors import (
     UnsupportedOptionError,
     WeightsError,
 )
+from torchrl_sglang.servers.control import GIVING
 from torchrl_sglang.servers.gate import ServiceState
-from torchrl_sglang.weights.carry.broadcast import ROUTE, Broadcast
+from torchrl_sglang.weights.carry.broadcast import Broadcast
 
 pytestmark = pytest.mark.filterwarnings("ignore:state_dict strategy is experimental:UserWarning")
 
@@ -94,7 +95,7 @@ def test_a_key_that_is_refused_is_known_before_anything_is_begun(
     proxied: AsyncSGLang, proxy: FaultProxy, model: Any, made: Make, status: int, method: str
 ) -> None:
     scheme = made(proxied, config=WeightSyncConfig(method=method))  # type: ignore[arg-type]
-    route = {"broadcast": ROUTE}.get(method, f"/update_weights_from_{method}")
+    route = {"broadcast": GIVING["announce"]}.get(method, f"/update_weights_from_{method}")
     proxy.faults[route] = Fault(status=status)
     proxy.seen.clear()
     with pytest.raises(PushError, match=f"step 'connect', engine .* answered {status}"):

@@ -17,7 +17,7 @@ from fault_proxy import Fault, FaultProxy
 from servers import ready_weights
 
 from torchrl_sglang import AsyncSGLang
-from torchrl_sglang.weights.carry.broadcast import ROUTE
+from torchrl_sglang.servers.control import GIVING
 
 INIT = "/init_weights_update_group"
 
@@ -90,12 +90,15 @@ CASES = {
         INTERRUPTED, {INIT: Fault(delay_s=30.0)}, error="KeyboardInterrupt"
     ),
     "Ctrl-C in the transfer": Case(
-        INTERRUPTED, {ROUTE: Fault(delay_s=30.0, after=1)}, error="KeyboardInterrupt"
+        INTERRUPTED, {GIVING["announce"]: Fault(delay_s=30.0, after=1)}, error="KeyboardInterrupt"
     ),
-    "a bucket is refused": Case(PUSHED, {ROUTE: Fault(status=400, after=1)}),
+    "a bucket is refused": Case(PUSHED, {GIVING["announce"]: Fault(status=400, after=1)}),
     "a push still under way": Case(PUSHED, config={"non_blocking": True}, error=""),
     "a push under way, which fails": Case(
-        PUSHED, {ROUTE: Fault(delay_s=0.5, cut=True, after=1)}, {"non_blocking": True}, error=""
+        PUSHED,
+        {GIVING["announce"]: Fault(delay_s=0.5, cut=True, after=1)},
+        {"non_blocking": True},
+        error="",
     ),
     "connected, and left so": Case(error=""),
     "never connected": Case("pass", error=""),

@@ -22,7 +22,7 @@ from torchrl_sglang.errors import (
     ServerFailedError,
 )
 from torchrl_sglang.servers import together as watch_module
-from torchrl_sglang.servers.http import ControlClient
+from torchrl_sglang.servers.control import ControlClient
 from torchrl_sglang.servers.together import push_error, watch
 from torchrl_sglang.weights.carry.group import WireError
 from torchrl_sglang.weights.repair import after_failure, forget_frames, with_its_cause

@@ -27,7 +27,7 @@ from torchrl_sglang.errors import (
     UnsupportedOptionError,
 )
 from torchrl_sglang.servers import lora as adapters
-from torchrl_sglang.servers.http import ControlClient
+from torchrl_sglang.servers.control import ControlClient
 from torchrl_sglang.servers.lora import Adapters
 
 PROMPTS = [[5, 6, 7, 8], [20, 21, 22], [40, 41, 42, 43, 44]]
