@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import connect_like
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import FaultProxy
+from helpers.fault_proxy import FaultProxy
 from hypothesis import settings
-from servers import CPU_SERVER_ARGS, SPECIAL_SERVER_ARGS, make_peaked_model, ready_weights
+from helpers.servers import CPU_SERVER_ARGS, SPECIAL_SERVER_ARGS, make_peaked_model, ready_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts
@@ -109,12 +110,7 @@ def service(shared_service: AsyncSGLang) -> AsyncSGLang:
 @pytest.fixture
 def attached(shared_service: AsyncSGLang, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
     """An external service on the shared server, with a state of its own."""
-    keys = shared_service._keys
-    with AsyncSGLang.connect(
-        shared_service.workers[0].url,
-        api_key=keys.api_key,
-        admin_api_key=keys.admin_api_key,
-        timeouts=timeouts,
+    with connect_like(shared_service, timeouts=timeouts,
     ) as external:
         yield external
 
@@ -131,9 +127,7 @@ def proxied(
     proxy: FaultProxy, shared_service: AsyncSGLang, timeouts: Timeouts
 ) -> Iterator[AsyncSGLang]:
     """An external service that reaches the shared server through the proxy."""
-    keys = shared_service._keys
-    with AsyncSGLang.connect(
-        proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
+    with connect_like(shared_service, proxy.url, timeouts=timeouts
     ) as external:
         proxy.seen.clear()  # of what was asked to attach
         yield external

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import Connect
 import asyncio
 import base64
 import json
@@ -14,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import asked, hf_log_probs, needs, needs_version_spans, perturb, told, wait_until
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import asked, hf_log_probs, needs, needs_version_spans, perturb, told, wait_until
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
@@ -47,7 +48,6 @@ from torchrl_sglang.policy.requests.rows import given_rids
 from torchrl_sglang.policy.resume import _with_extras
 from torchrl_sglang.servers.threads import in_thread
 
-Connect = Callable[..., SGLangWeightSyncScheme]
 
 SHORT = SamplingParams(max_new_tokens=4, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=1900, ignore_eos=True)  # many seconds

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_files import CONFIG, PREFIX, write_adapter
+from helpers.lora_files import CONFIG, PREFIX, write_adapter
 from safetensors.torch import save_file
 
 from torchrl_sglang.errors import ConfigError, UnsupportedOptionError

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from helpers.prompts import LORA_PROMPTS
+from helpers.servers import client_like
+from helpers.servers import connect_like
 import copy
 import json
 import pickle
@@ -18,10 +21,10 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from lora_files import merge_adapter, random_adapter
-from peft_models import base_model, merged, peft_model, train
-from servers import asked, worst_error
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.lora_files import merge_adapter, random_adapter
+from helpers.peft_models import base_model, merged, peft_model, train
+from helpers.servers import asked, worst_error
 from tensordict import TensorDict, set_list_to_stack
 from test_collector import SAMPLING, make_env
 from torchrl.collectors.llm import LLMCollector
@@ -55,7 +58,6 @@ from torchrl_sglang.weights.lora import room as adapter_room
 from torchrl_sglang.weights.lora.load import prepared
 from torchrl_sglang.weights.lora.source import read_adapter
 
-PROMPTS = [[5, 6, 7, 8], [20, 21, 22], [40, 41, 42, 43, 44]]
 FROM_TENSORS, FROM_FOLDER = "/load_lora_adapter_from_tensors", "/load_lora_adapter"
 UNLOAD, VERSION = "/unload_lora_adapter", "/update_weight_version"
 
@@ -120,12 +122,7 @@ def front(service: AsyncSGLang) -> Iterator[FaultProxy]:
 
 def attach(url: str, service: AsyncSGLang, **timeouts: float) -> AsyncSGLang:
     """Another service on the same server, which knows nothing of what the first one did."""
-    keys = service._keys
-    return AsyncSGLang.connect(
-        url,
-        api_key=keys.api_key,
-        admin_api_key=keys.admin_api_key,
-        timeouts=replace(service.timeouts, **timeouts),
+    return connect_like(service, url, timeouts=replace(service.timeouts, **timeouts),
     )
 
 
@@ -148,7 +145,7 @@ def base(model_path: Path) -> Any:
 
 
 def requests_of(
-    lora: str | None, prompts: Sequence[Sequence[int]] = PROMPTS, **sampling: Any
+    lora: str | None, prompts: Sequence[Sequence[int]] = LORA_PROMPTS, **sampling: Any
 ) -> Any:
     usual = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
     params = SamplingParams(**{**usual, **sampling})
@@ -161,7 +158,7 @@ def generated(service: AsyncSGLang, lora: str | None = "policy") -> Any:
 
 def is_run(service: AsyncSGLang, model: Any, lora: str | None = "policy") -> bool:
     """Whether what is generated is of that model, by every log-prob."""
-    return worst_error(model, PROMPTS, generated(service, lora)) < 0.02
+    return worst_error(model, LORA_PROMPTS, generated(service, lora)) < 0.02
 
 
 def versions(completions: Any) -> set[str]:
@@ -194,10 +191,10 @@ def test_pushes_one_after_the_other(
         assert set(done.step_s) == {"room", "load", "verify", "version"}
         assert 0 < done.push_s <= done.step_s["load"] + 0.01 < done.total_s
         completions = generated(service)
-        assert worst_error(merged(model), PROMPTS, completions) < 0.02
+        assert worst_error(merged(model), LORA_PROMPTS, completions) < 0.02
         assert versions(completions) == {str(done.version)}
         others = [base] if seed == 1 else [base, before]
-        assert min(worst_error(other, PROMPTS, completions) for other in others) > 0.1
+        assert min(worst_error(other, LORA_PROMPTS, completions) for other in others) > 0.1
         kept = [v for v in (done.version - 1, done.version) if v >= first]
         until(
             lambda kept=kept: (
@@ -225,7 +222,7 @@ def test_nothing_is_paused_and_requests_keep_their_version(
     endless = [
         replace(request, partial_allowed=True)
         for name in ("policy", None)
-        for request in requests_of(name, PROMPTS[:1], max_new_tokens=2000)
+        for request in requests_of(name, LORA_PROMPTS[:1], max_new_tokens=2000)
     ]
     with ThreadPoolExecutor() as pool:
         under_way = pool.submit(service.generate, endless)
@@ -235,16 +232,16 @@ def test_nothing_is_paused_and_requests_keep_their_version(
             scheme.send(model)
             models.append(merged(model))
             completions = generated(service)
-            assert worst_error(models[-1], PROMPTS, completions) < 0.02
+            assert worst_error(models[-1], LORA_PROMPTS, completions) < 0.02
             assert versions(completions) == {service.weight_version}
         assert not under_way.done()
         assert f"policy@{first}" in service.lora.names()
         service.abort()
         completion, of_base = under_way.result(60)
     assert completion.finish_type == of_base.finish_type == "abort"
-    assert worst_error(models[0], PROMPTS[:1], [completion]) < 0.02
+    assert worst_error(models[0], LORA_PROMPTS[:1], [completion]) < 0.02
     assert versions([completion]) == {str(first)}
-    assert worst_error(base, PROMPTS[:1], [of_base]) < 0.02
+    assert worst_error(base, LORA_PROMPTS[:1], [of_base]) < 0.02
     assert {str(first), service.weight_version} <= versions([of_base])
     scheme.send(train(model, 5))
     until(lambda: f"policy@{first}" not in service.lora.names())
@@ -258,7 +255,7 @@ def test_every_way_to_generate(service: AsyncSGLang, connected: Push, model: Any
     assert len(samples) == 6
     assert versions(samples) == {version}
     # The server computes the adapter apart, which rounds more in bf16 than one merged matrix.
-    assert worst_error(merged(model), [p for p in PROMPTS for _ in range(2)], samples) < 0.04
+    assert worst_error(merged(model), [p for p in LORA_PROMPTS for _ in range(2)], samples) < 0.04
     batch = requests_of("policy")
     each = [group[0] for group in service.complete_each(batch)]
     early = [one for _, group in service.as_completed(batch) for one in group]
@@ -266,10 +263,10 @@ def test_every_way_to_generate(service: AsyncSGLang, connected: Push, model: Any
     assert {request.lora for request in batch} == {"policy"}
     exact = generated(service, f"policy@{version}")
     assert [one.output_ids for one in exact] == [one.output_ids for one in each]
-    score = [GenerateRequest(input_ids=tuple(PROMPTS[0]), scoring=True, lora="policy")]
+    score = [GenerateRequest(input_ids=tuple(LORA_PROMPTS[0]), scoring=True, lora="policy")]
     [scored] = service.generate(score)
     assert scored.version_spans[0].version == version
-    ids = torch.tensor([PROMPTS[0]])
+    ids = torch.tensor([LORA_PROMPTS[0]])
     with torch.no_grad():
         logits = merged(model)(ids).logits[0, :-1].float().log_softmax(-1)
     ours = logits.gather(-1, ids[0, 1:, None]).squeeze(-1)
@@ -472,7 +469,7 @@ def test_a_push_that_fails(
     assert proxied.lora.names() == names
     assert (proxied.weight_version, proxied.state) == (version, ServiceState.SYNCED)
     completions = generated(proxied)
-    assert worst_error(before, PROMPTS, completions) < 0.02
+    assert worst_error(before, LORA_PROMPTS, completions) < 0.02
     assert versions(completions) == {version}
     scheme.send(model)
     assert is_run(proxied, merged(model))
@@ -556,13 +553,7 @@ class Pair:
 
     def __init__(self, service: AsyncSGLang, second: FaultProxy) -> None:
         self.service = attach(service.workers[0].url, service)
-        keys = service._keys
-        client = ControlClient(
-            second.url,
-            api_key=keys.api_key,
-            admin_api_key=keys.admin_api_key,
-            timeouts=service.timeouts,
-        )
+        client = client_like(service, second.url)
         cluster = self.service.cluster
         self.service.servers._cluster = replace(
             cluster,
@@ -781,7 +772,7 @@ def test_threads_push_and_generate(service: AsyncSGLang, connected: Push, model:
 
     def generate() -> None:
         while not stop.is_set():
-            found.extend(zip(PROMPTS, generated(service), strict=True))
+            found.extend(zip(LORA_PROMPTS, generated(service), strict=True))
 
     def seen() -> set[str]:
         return {completion.weight_version for _, completion in list(found)}

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from lora_files import random_adapter
+from helpers.lora_files import random_adapter
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from peft_models import base_model, peft_model, train
+from helpers.peft_models import base_model, peft_model, train
 from tensordict import TensorDict
 from torch import nn
-from worker_infos import worker_info as worker
+from helpers.worker_infos import worker_info as worker
 
 from torchrl_sglang.errors import ConfigError, TopologyError, UnsupportedOptionError, WeightsError
 from torchrl_sglang.servers.info import Capabilities, Features

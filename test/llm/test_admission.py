@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from helpers.servers import Connect
+from helpers.servers import connect_like
 import asyncio
 import json
 import pickle
@@ -18,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import asked, perturb, told, wait_until, worst_error
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import asked, perturb, told, wait_until, worst_error
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -48,7 +50,6 @@ from torchrl_sglang.servers.health import Looks, is_paused, looks_of
 from torchrl_sglang.servers.together import Engines
 from torchrl_sglang.weights.carry.group import in_thread
 
-Connect = Callable[..., SGLangWeightSyncScheme]
 
 PROMPT = list(range(100, 164))
 SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
@@ -258,12 +259,7 @@ def test_a_push_that_fails_for_real_and_its_repair(
 @pytest.fixture
 def impatient(proxy: FaultProxy, service: AsyncSGLang) -> Iterator[AsyncSGLang]:
     """A service that leaves requests with paused servers for one second."""
-    keys = service._keys
-    with AsyncSGLang.connect(
-        proxy.url,
-        api_key=keys.api_key,
-        admin_api_key=keys.admin_api_key,
-        timeouts=Timeouts(request_s=60.0, paused_s=1.0),
+    with connect_like(service, proxy.url, timeouts=Timeouts(request_s=60.0, paused_s=1.0),
     ) as external:
         yield external
 
@@ -305,14 +301,9 @@ def test_requests_are_not_left_with_servers_that_stay_paused(
 
 def test_the_bound_of_a_pause_is_kept(service: AsyncSGLang, proxy: FaultProxy) -> None:
     """It begins with the first look at a paused server, and the error says how long it was."""
-    keys, limit_s = service._keys, 6.0
+    limit_s = 6.0
     told(service.workers[0], "/pause_generation", {"mode": "retract"})
-    with AsyncSGLang.connect(
-        proxy.url,
-        api_key=keys.api_key,
-        admin_api_key=keys.admin_api_key,
-        timeouts=Timeouts(paused_s=limit_s),
-    ) as external:
+    with connect_like(service, proxy.url, timeouts=Timeouts(paused_s=limit_s)) as external:
         begun = time.monotonic()
         with pytest.raises(RequestTimeoutError, match=r"paused for .* \(6 s\)") as caught:
             external.generate([5, 6], SAMPLING)
@@ -486,9 +477,8 @@ def deaf() -> Iterator[ControlClient]:
 def test_a_call_does_not_wait_for_servers_that_answer_nothing(
     proxy: FaultProxy, service: AsyncSGLang
 ) -> None:
-    keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
     timeouts = Timeouts(request_s=60.0, retry_s=1.0)
-    with AsyncSGLang.connect(proxy.url, timeouts=timeouts, **keys) as external:
+    with connect_like(service, proxy.url, timeouts=timeouts) as external:
         proxy.faults = dict.fromkeys(("/ready", "/generate", "/health"), Fault(delay_s=40.0))
         start = time.monotonic()
         with pytest.raises(
@@ -527,10 +517,9 @@ def test_asking_for_the_version_again_takes_no_time_of_its_own(
     proxy: FaultProxy, service: AsyncSGLang
 ) -> None:
     """Each attempt asks it; the time to try again is that of the request alone."""
-    keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
     retry_s = 4.0
     timeouts = Timeouts(request_s=60.0, retry_s=retry_s)
-    with AsyncSGLang.connect(proxy.url, timeouts=timeouts, **keys) as external:
+    with connect_like(service, proxy.url, timeouts=timeouts) as external:
         proxy.faults["/generate"] = Fault(status=503)
         # The first ticket gets its version.
         proxy.faults["/model_info"] = Fault(status=503, after=1)
@@ -547,7 +536,6 @@ def test_runs_with_names_do_not_share_prefixes(
     service: AsyncSGLang, proxy: FaultProxy, timeouts: Timeouts
 ) -> None:
     """Of one version, whose number says nothing of the weights; a copy belongs to its run."""
-    keys = {"api_key": service._keys.api_key, "admin_api_key": service._keys.admin_api_key}
     prompt = list(uuid.uuid4().bytes * 4)  # that no cache has
 
     def cached(made: AsyncSGLang) -> int:
@@ -555,7 +543,7 @@ def test_runs_with_names_do_not_share_prefixes(
             return int(made.generate(prompt, SAMPLING).cached_tokens)
 
     def run(name: str | None) -> AsyncSGLang:
-        return AsyncSGLang.connect(proxy.url, run_name=name, timeouts=timeouts, **keys)
+        return connect_like(service, proxy.url, run_name=name, timeouts=timeouts)
 
     cached(run("one"))
     assert cached(run("two")) == cached(run(None)) == 0

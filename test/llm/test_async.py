@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import connect_like
 import asyncio
 import contextlib
 import json
@@ -17,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from aiohttp import web
-from fault_proxy import Fault, FaultProxy
-from servers import asked, worst_error
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import asked, worst_error
 from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Tokens
@@ -101,10 +102,7 @@ def watching(service: AsyncSGLang) -> Iterator[WatchingProxy]:
 @pytest.fixture
 def watched(service: AsyncSGLang, watching: WatchingProxy) -> Iterator[AsyncSGLang]:
     """A service whose connections are watched."""
-    keys = service._keys
-    with AsyncSGLang.connect(
-        watching.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
-    ) as external:
+    with connect_like(service, watching.url) as external:
         yield external
 
 
@@ -527,9 +525,8 @@ def test_shutdown_meanwhile(attached: AsyncSGLang, service: AsyncSGLang, form: s
 
 def test_shutdown_at_any_moment_leaves_nobody_waiting(service: AsyncSGLang) -> None:
     """Also before the first request is on its way."""
-    keys = service._keys
     for delay_s in (0.0, 0.001, 0.005, 0.02, 0.05):
-        external = AsyncSGLang.connect(service.workers[0].url, api_key=keys.api_key)
+        external = connect_like(service, admin_api_key=None)
         external.generate([5, 6], {"max_new_tokens": 1})
         with ThreadPoolExecutor(2) as pool:
             loop = pool.submit(list, external.as_completed(requests_of(SHORT, SHORT)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from helpers.servers import connect_like
 import json
 from pathlib import Path
 
 import pytest
-from fault_proxy import Fault, FaultProxy
-from servers import told
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import told
 
 from torchrl_sglang import AsyncSGLang, ServiceState, Timeouts
 from torchrl_sglang.errors import ConfigError, ConnectError
@@ -32,9 +33,8 @@ def test_files_that_a_server_loaded_and_that_are_gone(tmp_path: Path) -> None:
 def test_a_url_that_has_a_route(service: AsyncSGLang, behind_router: bool, path: str) -> None:
     """As from the settings of another client."""
     base = service.server_url if behind_router else service.workers[0].url
-    keys = service._keys
     with pytest.raises(ConnectError) as caught:
-        AsyncSGLang.connect(base + path, api_key=keys.api_key, admin_api_key=keys.admin_api_key)
+        connect_like(service, base + path)
     assert f"has the path {path.rstrip('/')!r}" in str(caught.value)
     assert f"pass '{base}'" in str(caught.value)
 
@@ -64,12 +64,10 @@ def test_servers_that_are_paused_are_not_synced(
     service: AsyncSGLang, proxy: FaultProxy, timeouts: Timeouts
 ) -> None:
     """As they are when another process pushes, or its push failed."""
-    keys, worker = service._keys, service.workers[0]
+    worker = service.workers[0]
     told(worker, "/pause_generation", {"mode": "retract"})
     try:
-        with AsyncSGLang.connect(
-            proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
-        ) as external:
+        with connect_like(service, proxy.url, timeouts=timeouts) as external:
             assert external.state is ServiceState.UPDATING
             told(worker, "/continue_generation")
             assert external.state is ServiceState.SYNCED
@@ -87,14 +85,13 @@ def test_a_server_that_does_not_answer(
     proxy: FaultProxy, service: AsyncSGLang, fault: Fault
 ) -> None:
     """It is left out where another one answers, and named where none does."""
-    keys, url = service._keys, service.workers[0].url
+    url = service.workers[0].url
     listed = {"workers": [{"url": proxy.url}, {"url": url}, {"url": "http://127.0.0.1:9"}]}
     proxy.faults["/server_info"] = fault
     proxy.faults["/workers"] = Fault(status=200, body=json.dumps(listed))
-    given = {"api_key": keys.api_key, "admin_api_key": keys.admin_api_key}
     short = Timeouts(connect_s=2.0)
     with pytest.warns(RuntimeWarning, match=f"don't answer: {proxy.url}: .*127.0.0.1:9: nothing"):
-        external = AsyncSGLang.connect(proxy.url, timeouts=short, **given)
+        external = connect_like(service, proxy.url, timeouts=short)
     with external:
         assert [worker.url for worker in external.workers] == [url]
         assert set(external.cluster.silent) == {proxy.url, "http://127.0.0.1:9"}
@@ -106,14 +103,14 @@ def test_a_server_that_does_not_answer(
     proxy.faults["/server_info"] = fault
     proxy.faults["/workers"] = Fault(status=200, body=json.dumps(listed))
     with pytest.raises(ConnectError, match=f"{proxy.url}: .*; http://127.0.0.1:9: nothing answers"):
-        AsyncSGLang.connect(proxy.url, timeouts=short, **given)
+        connect_like(service, proxy.url, timeouts=short)
 
 
 def test_a_server_that_refuses_is_not_left_out(proxy: FaultProxy, service: AsyncSGLang) -> None:
     """It lives, and would go on with the weights that it has."""
-    keys, url = service._keys, service.workers[0].url
+    url = service.workers[0].url
     listed = {"workers": [{"url": proxy.url}, {"url": url}]}
     proxy.faults["/server_info"] = Fault(status=401)
     proxy.faults["/workers"] = Fault(status=200, body=json.dumps(listed))
     with pytest.raises(ConnectError, match="answered 401"):
-        AsyncSGLang.connect(proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key)
+        connect_like(service, proxy.url)

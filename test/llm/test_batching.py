@@ -17,9 +17,9 @@ from typing import Any
 import cloudpickle
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from lora_files import random_adapter
-from servers import needs, wait_until
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.lora_files import random_adapter
+from helpers.servers import needs, wait_until
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from helpers.prompts import EIGHT_PROMPTS
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from servers import perturb, worst_error
+from helpers.servers import perturb, worst_error
 from tensordict import set_list_to_stack
 from torch.utils.data import DataLoader
 from torchrl.collectors import Collector
@@ -30,7 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
 ]
 
-PROMPTS = [[i, 2 * i + 3, 77, 100 + i] for i in range(8)]
 SAMPLING = {"max_new_tokens": 8, "ignore_eos": True}
 
 
@@ -62,7 +62,7 @@ def make_collector(service: AsyncSGLang, tokenizer: Any, **kwargs: Any) -> LLMCo
 
 
 def served_error(service: AsyncSGLang, model: Any) -> float:
-    return worst_error(model, PROMPTS, service.generate(PROMPTS, SAMPLING))
+    return worst_error(model, EIGHT_PROMPTS, service.generate(EIGHT_PROMPTS, SAMPLING))
 
 
 def last_version(service: AsyncSGLang, collector: Any) -> int:
@@ -130,7 +130,7 @@ def test_collector_with_weight_sync_schemes(
 def test_a_failed_push_does_not_bump_the_version(
     proxied: AsyncSGLang, proxy: Any, tokenizer: Any, model: Any, restore_weights: None
 ) -> None:
-    from fault_proxy import Fault
+    from helpers.fault_proxy import Fault
 
     scheme = SGLangWeightSyncScheme(proxied)
     collector = make_collector(proxied, tokenizer, weight_updater=scheme, track_policy_version=True)

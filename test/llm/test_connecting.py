@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import perturb
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import perturb
 from test_collector import served_error
 from test_sender import Counter, server_versions
 from torchrl.trainers.trainers import UpdateWeights

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import hf_log_probs
+from helpers.servers import hf_log_probs
 from tensordict import TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
 from torch.utils.data import DataLoader
 from torchrl.data import Unbounded

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CPU_SERVER_ARGS, perturb, told, worst_error
+from helpers.servers import CPU_SERVER_ARGS, perturb, told, worst_error
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts, WeightSyncConfig
 from torchrl_sglang.errors import TopologyError, VerificationError

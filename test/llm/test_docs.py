@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import keys_of
 import contextlib
 import io
 import re
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from lora_files import random_adapter
-from servers import SPECIAL_SERVER_ARGS, asked
+from helpers.lora_files import random_adapter
+from helpers.servers import SPECIAL_SERVER_ARGS, asked
 from test_collector import make_env
 from transformers import AutoModelForCausalLM
 
@@ -81,11 +82,11 @@ def test_readme_and_quickstart(model_path: Path, tokenizer: Any, timeouts: Timeo
         names["scheme"].close()
         start, connect, *rest = quickstart_blocks()
         assert f'AsyncSGLang.from_pretrained("{MODEL}", num_replicas=2)' in start  # as in README
-        keys = service._keys
+        keys = keys_of(service)
         connect = connect.replace("http://router:30000", service.server_url)
         connect = connect.replace(
             'api_key="..."',
-            f'api_key="{keys.api_key}", admin_api_key="{keys.admin_api_key}", timeouts=timeouts',
+            ", ".join([*(f'{name}="{key}"' for name, key in keys.items()), "timeouts=timeouts"]),
         )
         exec(connect, names)
         names["env"] = make_env(tokenizer, batch_size=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import keys_of
 import json
 import signal
 import subprocess
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, FaultProxy
-from servers import ready_weights
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import ready_weights
 
 from torchrl_sglang import AsyncSGLang
 from torchrl_sglang.servers.control import GIVING
@@ -120,8 +121,7 @@ class Ended:
 @pytest.fixture(scope="module")
 def ended(shared_service: AsyncSGLang, model_path: Path) -> Iterator[dict[str, Ended]]:
     """How each of the cases ended."""
-    keys = {"api_key": shared_service._keys.api_key}
-    keys["admin_api_key"] = shared_service._keys.admin_api_key
+    keys = keys_of(shared_service)
     with ExitStack() as stack:
         stack.callback(ready_weights, shared_service, model_path)  # some leave it paused
         proxies = {}

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from moe_models import glm4_moe, qwen3_moe
-from servers import CPU_SERVER_ARGS, perturb, worst_error
+from helpers.moe_models import glm4_moe, qwen3_moe
+from helpers.servers import CPU_SERVER_ARGS, perturb, worst_error
 from transformers import PreTrainedTokenizerFast
-from two_ranks import moved, trained
+from helpers.two_ranks import moved, trained
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts, WeightSyncConfig
 from torchrl_sglang.errors import VerificationError

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from behaviour import chosen, full_log_probs, hf_logits
-from servers import (
+from helpers.behaviour import chosen, full_log_probs, hf_logits
+from helpers.servers import (
     asked,
     hf_log_probs,
     needs,

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from helpers.prompts import PROMPTS
+from helpers.servers import connect_like
 import os
 import pickle
 import signal
@@ -18,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, FaultProxy
-from servers import CPU_SERVER_ARGS, needs, perturb, told, worst_error
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import CPU_SERVER_ARGS, needs, perturb, told, worst_error
 from test_launch import descendants
 from test_lora import distance
 from test_replicas import done_by
@@ -44,7 +46,6 @@ from torchrl_sglang.servers.threads import in_thread
 from torchrl_sglang.weights import repair as failure
 from torchrl_sglang.weights.carry.payload import Payloads
 
-PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
 SHORT = Timeouts(control_s=3.0, step_s=3.0, transfer_s=2.0, group_s=3.0, request_s=60.0)
 CONFIG = WeightSyncConfig(bucket_bytes=1 << 18)
@@ -104,9 +105,7 @@ def impatient(
     proxy: FaultProxy, shared_service: AsyncSGLang, restore_weights: None
 ) -> Iterator[AsyncSGLang]:
     """A service that reaches the shared server through the proxy, and does not wait long."""
-    keys = shared_service._keys
-    with AsyncSGLang.connect(
-        proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=SHORT
+    with connect_like(shared_service, proxy.url, timeouts=SHORT
     ) as external:
         yield external
 
@@ -175,10 +174,7 @@ def test_a_silent_server_with_the_usual_bounds(
 ) -> None:
     if step == "end":
         needs(shared_service, "update_session")
-    keys = shared_service._keys
-    with AsyncSGLang.connect(
-        proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
-    ) as service:
+    with connect_like(shared_service, proxy.url) as service:
         scheme = SGLangWeightSyncScheme(service, config=CONFIG)
         scheme.connect()
         scheme.send(model)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from servers import wait_until
+from helpers.servers import wait_until
 
 from torchrl_sglang import ServiceState
 from torchrl_sglang.errors import RequestTimeoutError, ServiceBrokenError, ServiceClosedError

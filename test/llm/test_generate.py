@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import connect_like
 import json
 import multiprocessing
 import pickle
@@ -11,9 +12,9 @@ import time
 from typing import Any
 
 import pytest
-from fault_proxy import BASE_PATH, Fault, FaultProxy
+from helpers.fault_proxy import BASE_PATH, Fault, FaultProxy
 from packaging.version import Version
-from servers import CPU_SERVER_ARGS, worst_error
+from helpers.servers import CPU_SERVER_ARGS, worst_error
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, Timeouts
 from torchrl_sglang.errors import (
@@ -162,9 +163,7 @@ def test_managed_servers_listen_on_loopback(service: AsyncSGLang) -> None:
 @pytest.mark.parametrize("ending", ["", "/"])
 def test_connect_to_a_single_server(service: AsyncSGLang, ending: str, timeouts: Timeouts) -> None:
     url = service.workers[0].url
-    keys = service._keys
-    with AsyncSGLang.connect(
-        url + ending, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
+    with connect_like(service, url + ending, timeouts=timeouts
     ) as external:
         assert external.server_url == url
         assert not external.cluster.behind_router
@@ -174,11 +173,8 @@ def test_connect_to_a_single_server(service: AsyncSGLang, ending: str, timeouts:
 
 
 def test_connect_under_a_base_path(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
-    keys = proxied._keys
     proxy.seen.clear()
-    with AsyncSGLang.connect(
-        f"{proxy.url}{BASE_PATH}/", api_key=keys.api_key, admin_api_key=keys.admin_api_key
-    ) as external:
+    with connect_like(proxied, f"{proxy.url}{BASE_PATH}/") as external:
         assert external.generate([5, 6], {"max_new_tokens": 2}).output_ids
         external.flush_cache()
     paths = {path for path, _ in proxy.seen}
@@ -187,10 +183,7 @@ def test_connect_under_a_base_path(proxied: AsyncSGLang, proxy: FaultProxy) -> N
 
 
 def test_connect_to_the_router(service: AsyncSGLang) -> None:
-    keys = service._keys
-    with AsyncSGLang.connect(
-        service.server_url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
-    ) as external:
+    with connect_like(service, service.server_url) as external:
         assert external.cluster.behind_router
         assert [worker.url for worker in external.workers] == [
             worker.url for worker in service.workers
@@ -315,17 +308,16 @@ def test_4xx_is_never_retried(proxied: AsyncSGLang, proxy: FaultProxy) -> None:
 
 def test_5xx_that_stays_is_raised(service: AsyncSGLang, proxy: FaultProxy) -> None:
     proxy.faults["/generate"] = Fault(status=500)
-    impatient = AsyncSGLang.connect(
-        proxy.url, api_key=service._keys.api_key, timeouts=Timeouts(retry_s=2.0)
+    impatient = connect_like(
+        service, proxy.url, admin_api_key=None, timeouts=Timeouts(retry_s=2.0)
     )
     with impatient, pytest.raises(ServerFailedError, match="injected fault"):
         impatient.generate([[5, 6], [7, 8]], {"max_new_tokens": 2})
 
 
 def test_no_answer_in_time(service: AsyncSGLang, proxy: FaultProxy, timeouts: Timeouts) -> None:
-    keys = service._keys
-    impatient = AsyncSGLang.connect(
-        proxy.url, api_key=keys.api_key, timeouts=Timeouts(request_s=1.0)
+    impatient = connect_like(
+        service, proxy.url, admin_api_key=None, timeouts=Timeouts(request_s=1.0)
     )
     proxy.faults["/generate"] = Fault(delay_s=30.0)
     start = time.monotonic()

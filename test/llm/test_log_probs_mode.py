@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from behaviour import assert_close, check_kept, chosen, full_log_probs, hf_logits, renormalised
-from servers import needs
+from helpers.behaviour import assert_close, check_kept, chosen, full_log_probs, hf_logits, renormalised
+from helpers.servers import needs
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 

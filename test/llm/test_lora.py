@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from helpers.peft_models import base_model
+from helpers.servers import client_like
+from helpers.prompts import LORA_PROMPTS
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from lora_files import ATTENTION, MLP, merge_adapter, random_adapter
-from servers import hf_log_probs, perturb, told, wait_until, worst_error
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.lora_files import ATTENTION, MLP, merge_adapter, random_adapter
+from helpers.servers import hf_log_probs, perturb, told, wait_until, worst_error
 from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, SGLangWeightSyncScheme
@@ -30,12 +33,7 @@ from torchrl_sglang.servers import lora as adapters
 from torchrl_sglang.servers.control import ControlClient
 from torchrl_sglang.servers.lora import Adapters
 
-PROMPTS = [[5, 6, 7, 8], [20, 21, 22], [40, 41, 42, 43, 44]]
 LOAD, UNLOAD = "/load_lora_adapter", "/unload_lora_adapter"
-
-
-def base_model(model_path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +71,7 @@ def second(lora_service: AsyncSGLang) -> Iterator[FaultProxy]:
 @pytest.fixture
 def client(lora_service: AsyncSGLang) -> Callable[..., ControlClient]:
     """Makes clients with the server's keys."""
-    keys = lora_service._keys
-
-    def make(url: str) -> ControlClient:
-        return ControlClient(
-            url,
-            api_key=keys.api_key,
-            admin_api_key=keys.admin_api_key,
-            timeouts=lora_service.timeouts,
-        )
-
-    return make
+    return lambda url: client_like(lora_service, url)
 
 
 @pytest.fixture
@@ -131,8 +119,8 @@ def test_base_and_adapters_in_one_batch(
     for name in used[1:]:
         lora.load(name, folders[name])
         models[name] = merge_adapter(base_model(model_path), folders[name])
-    names = [name for name in used for _ in PROMPTS]
-    prompts = PROMPTS * len(used)
+    names = [name for name in used for _ in LORA_PROMPTS]
+    prompts = LORA_PROMPTS * len(used)
     answers = sample(lora_service, prompts, names)
     for name, prompt, answer in zip(names, prompts, answers, strict=True):
         assert distance(models[name], prompt, answer) < 0.02
@@ -147,12 +135,12 @@ def test_requests_name_adapters(
     lora_service.lora.load("a", folders["a"])
     sampling = SamplingParams(max_new_tokens=16, temperature=0.0, ignore_eos=True)
     requests = [
-        GenerateRequest(input_ids=PROMPTS[0], sampling=sampling, lora=name) for name in (None, "a")
+        GenerateRequest(input_ids=LORA_PROMPTS[0], sampling=sampling, lora=name) for name in (None, "a")
     ]
     merged = merge_adapter(base_model(model_path), folders["a"])
     completions = lora_service.generate(requests)
     for model, completion in zip([base_model(model_path), merged], completions, strict=True):
-        assert worst_error(model, PROMPTS[:1], [completion]) < 0.02
+        assert worst_error(model, LORA_PROMPTS[:1], [completion]) < 0.02
     lora_service.lora.unload("a")
     with pytest.raises(InputError, match="'a' is not loaded"):
         lora_service.generate(requests)
@@ -186,11 +174,11 @@ def test_a_push_of_base_weights_leaves_adapters_alone(
     scheme.connect()
     try:
         scheme.send(perturb(base_model(model_path), seed=5, scale=0.2))
-        answers = sample(lora_service, PROMPTS[:2], [None, "a"])
+        answers = sample(lora_service, LORA_PROMPTS[:2], [None, "a"])
     finally:
         scheme.send(base_model(model_path))
         scheme.close()
-    for folder, prompt, answer in zip([None, folders["a"]], PROMPTS[:2], answers, strict=True):
+    for folder, prompt, answer in zip([None, folders["a"]], LORA_PROMPTS[:2], answers, strict=True):
         pushed = perturb(base_model(model_path), seed=5, scale=0.2)
         before = base_model(model_path)
         if folder is not None:
@@ -219,8 +207,8 @@ def test_a_name_can_be_loaded_again_with_other_weights(
 ) -> None:
     for folder in (folders["a"], folders["b"]):
         lora.load("actor", folder)
-        [answer] = sample(lora_service, PROMPTS[:1], ["actor"])
-        assert distance(merge_adapter(base_model(model_path), folder), PROMPTS[0], answer) < 0.02
+        [answer] = sample(lora_service, LORA_PROMPTS[:1], ["actor"])
+        assert distance(merge_adapter(base_model(model_path), folder), LORA_PROMPTS[0], answer) < 0.02
         lora.unload("actor")
 
 
@@ -416,7 +404,7 @@ def test_sglang_loads_an_unloaded_adapter_again(
     another.unload("a")
     with pytest.raises(InputError, match=r"'a' is not loaded.*lora\.load\('a', folder\)"):
         lora.check([None, "a"])
-    assert len(sample(lora_service, PROMPTS[:1], ["a"])[0]["output_ids"]) == 16
+    assert len(sample(lora_service, LORA_PROMPTS[:1], ["a"])[0]["output_ids"]) == 16
     assert lora.names() == ("a",)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import requests
 import torch
-from fault_proxy import FaultProxy
-from servers import CPU_SERVER_ARGS
+from helpers.fault_proxy import FaultProxy
+from helpers.servers import CPU_SERVER_ARGS
 from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from helpers.prompts import PROMPTS
+from helpers.asserts import error_of
+from helpers.servers import Connect
+from helpers.servers import connect_like
 import json
 import os
 import pickle
@@ -18,10 +22,10 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
+from helpers.fault_proxy import Fault, FaultProxy
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from servers import asked, num_running, perturb, wait_until, worst_error
+from helpers.servers import asked, num_running, perturb, wait_until, worst_error
 
 from torchrl_sglang import (
     AsyncSGLang,
@@ -41,7 +45,6 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.weights.carry import shared_memory
 
-PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 24, "ignore_eos": True}
 METHODS = ["broadcast", "tensor", "disk"]
 SMALL = 1 << 18
@@ -50,11 +53,6 @@ ROUTES = {
     "disk": "/update_weights_from_disk",
 }
 
-Connect = Callable[..., SGLangWeightSyncScheme]
-
-
-def error_of(service: AsyncSGLang, model: Any) -> float:
-    return worst_error(model, PROMPTS, service.generate(PROMPTS, SAMPLING))
 
 
 def config(method: Any, **more: Any) -> WeightSyncConfig:
@@ -455,12 +453,7 @@ def test_adapters_that_are_not_finite(service: AsyncSGLang, model: Any, connecte
 
 @pytest.fixture
 def impatient(proxy: FaultProxy, shared_service: AsyncSGLang) -> Iterator[AsyncSGLang]:
-    keys = shared_service._keys
-    with AsyncSGLang.connect(
-        proxy.url,
-        api_key=keys.api_key,
-        admin_api_key=keys.admin_api_key,
-        timeouts=Timeouts(transfer_s=2.0, control_s=20.0, request_s=60.0),
+    with connect_like(shared_service, proxy.url, timeouts=Timeouts(transfer_s=2.0, control_s=20.0, request_s=60.0),
     ) as external:
         yield external
 
@@ -572,11 +565,7 @@ def test_what_is_written(
             assert torch.equal(opened.get_tensor(name), model.state_dict()[name])
     assert (checkpoint / "config.json").is_file()
     assert (checkpoint / "tokenizer.json").is_file()
-    again = AsyncSGLang.connect(
-        service.workers[0].url,
-        api_key=service._keys.api_key,
-        admin_api_key=service._keys.admin_api_key,
-    )
+    again = connect_like(service)
     if asked(again.workers[0], "/model_info")["model_path"] != again.model_path:
         assert again.model_path == service.model_path  # older releases forget it
     assert again.get_model_metadata() == sent

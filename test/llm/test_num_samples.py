@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from helpers.prompts import QUESTIONS
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from servers import hf_log_probs, needs
+from helpers.servers import hf_log_probs, needs
 from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens, TransformersWrapper
@@ -23,7 +24,6 @@ from torchrl_sglang import (
 from torchrl_sglang.errors import ConfigError, InputError
 from torchrl_sglang.generate.request import Returns
 
-QUESTIONS = ["the quick", "hello", "a policy acts, the environment answers", "no", "42", "hm?"]
 SAMPLING = {"max_new_tokens": 6, "ignore_eos": True, "temperature": 2.0}
 SHAPES = [(), (6,), (2, 3)]
 MODES = ["history", "text", "tokens"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import SERVER_PYTHON
+from helpers.servers import SERVER_PYTHON
 from test_launch import descendants
 
 from torchrl_sglang import AsyncSGLang, RouterConfig, Timeouts

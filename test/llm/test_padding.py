@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import hf_log_probs
+from helpers.servers import hf_log_probs
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Masks, Tokens
 from transformers import AutoTokenizer

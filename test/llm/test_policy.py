@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from helpers.prompts import QUESTIONS
 import asyncio
 from typing import Any
 
 import pytest
 import torch
-from servers import hf_log_probs
+from helpers.servers import hf_log_probs
 from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens, TransformersWrapper
@@ -24,7 +25,6 @@ from torchrl_sglang.errors import (
     UnsupportedOptionError,
 )
 
-QUESTIONS = ["the quick", "hello", "a policy acts, the environment answers", "no", "42", "hm?"]
 SAMPLING = {"max_new_tokens": 5, "ignore_eos": True}
 SHAPES = [(), (6,), (2, 3)]
 

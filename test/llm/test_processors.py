@@ -24,7 +24,7 @@ import dill
 import numpy as np
 import pytest
 import torch
-from servers import CPU_SERVER_ARGS, asked, told
+from helpers.servers import CPU_SERVER_ARGS, asked, told
 
 from torchrl_sglang import AsyncSGLang, Timeouts
 from torchrl_sglang.errors import ConfigError, InputError, RequestRefusedError

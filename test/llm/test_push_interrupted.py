@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from helpers.prompts import PROMPTS
+from helpers.asserts import error_of
+from helpers.servers import Connect
 import gc
 import threading
 import time
@@ -11,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import needs, perturb, told, wait_until, worst_error
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import needs, perturb, told, wait_until, worst_error
 from torch.distributed.distributed_c10d import _world
 
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
@@ -27,16 +30,10 @@ from torchrl_sglang.weights.carry import broadcast as broadcast_module
 from torchrl_sglang.weights.carry.broadcast import Broadcast
 from torchrl_sglang.weights.streams import handed_over
 
-PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
 ROUTE = "/update_weights_from_distributed"
 NON_BLOCKING = WeightSyncConfig(non_blocking=True)
 
-Connect = Callable[..., SGLangWeightSyncScheme]
-
-
-def error_of(service: AsyncSGLang, model: Any) -> float:
-    return worst_error(model, PROMPTS, service.generate(PROMPTS, SAMPLING))
 
 
 def interrupt(*_: Any, **__: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from helpers.prompts import PROMPTS
+from helpers.asserts import error_of
+from helpers.servers import Connect
 import json
 import threading
 import time
@@ -10,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs_version_spans, num_running, perturb, wait_until, worst_error
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import hf_log_probs, needs_version_spans, num_running, perturb, wait_until, worst_error
 
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import (
@@ -25,15 +28,9 @@ from torchrl_sglang.servers.threads import in_thread
 from torchrl_sglang.servers.together import Engines
 from torchrl_sglang.weights.carry.broadcast import Broadcast
 
-PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 SAMPLING = {"max_new_tokens": 24, "ignore_eos": True}
 ROUTE = "/update_weights_from_distributed"
 
-Connect = Callable[..., SGLangWeightSyncScheme]
-
-
-def error_of(service: AsyncSGLang, model: Any) -> float:
-    return worst_error(model, PROMPTS, service.generate(PROMPTS, SAMPLING))
 
 
 def posts(proxy: FaultProxy, path: str) -> int:

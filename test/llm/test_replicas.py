@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import connect_like
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CPU_SERVER_ARGS, asked, needs, perturb, wait_until, worst_error
+from helpers.servers import CPU_SERVER_ARGS, asked, needs, perturb, wait_until, worst_error
 from test_launch import alive, descendants, listening
 
 from torchrl_sglang import (
@@ -227,10 +228,7 @@ def test_a_push_reaches_both(replicas: AsyncSGLang, model: Any) -> None:
     prompts, sampling = prompts_of(16, length=3), {"max_new_tokens": 8, "ignore_eos": True}
     assert worst_error(pushed, prompts, replicas.generate(prompts, sampling)) < 0.02
     for worker in replicas.workers:
-        keys = replicas._keys
-        with AsyncSGLang.connect(
-            worker.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
-        ) as one:
+        with connect_like(replicas, worker.url) as one:
             assert one.weight_version == str(scheme.last_push.version)
             assert worst_error(pushed, prompts, one.generate(prompts, sampling)) < 0.02
     scheme.close()
@@ -249,10 +247,7 @@ def kill(service: AsyncSGLang, name: str) -> None:
 
 
 def external(service: AsyncSGLang) -> AsyncSGLang:
-    keys = service._keys
-    return AsyncSGLang.connect(
-        service.server_url, api_key=keys.api_key, admin_api_key=keys.admin_api_key
-    )
+    return connect_like(service, service.server_url)
 
 
 def test_a_router_that_died_is_started_again(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
+from helpers.fault_proxy import Fault, FaultProxy
 
 from torchrl_sglang import (
     AsyncSGLang,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import connect_like
 import asyncio
 import json
 import threading
@@ -11,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, FaultProxy
-from servers import needs, told
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import needs, told
 
 from torchrl_sglang import AsyncSGLang, GenerateRequest, SamplingParams, Timeouts
 from torchrl_sglang.errors import (
@@ -31,10 +32,8 @@ RETRY_S = 0.5  # attempts at 0 and 0.2 s; the next would be at 0.6 s
 @pytest.fixture
 def retrying(proxy: FaultProxy, service: AsyncSGLang) -> Iterator[AsyncSGLang]:
     """A service behind the proxy that gives up soon."""
-    keys = service._keys
     timeouts = Timeouts(request_s=20.0, retry_s=RETRY_S, connect_s=5.0)
-    with AsyncSGLang.connect(
-        proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
+    with connect_like(service, proxy.url, timeouts=timeouts
     ) as external:
         proxy.seen.clear()
         yield external

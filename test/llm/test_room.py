@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import FaultProxy
-from servers import needs, told
+from helpers.fault_proxy import FaultProxy
+from helpers.servers import needs, told
 from tensordict import TensorDict, lazy_stack
 from test_seeds import cut, rows
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import needs_version_spans, num_running, perturb, told, wait_until
+from helpers.servers import needs_version_spans, num_running, perturb, told, wait_until
 
 from torchrl_sglang import AsyncSGLang, Completion, GenerateRequest, SGLangWeightSyncScheme
 from torchrl_sglang.errors import ResponseError

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from behaviour import assert_close, chosen, full_log_probs, hf_logits
-from servers import needs_xgrammar
+from helpers.behaviour import assert_close, chosen, full_log_probs, hf_logits
+from helpers.servers import needs_xgrammar
 from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack, set_list_to_stack
 from torchrl.modules.llm.policies import Tokens
 

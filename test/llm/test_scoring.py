@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import hf_log_probs
+from helpers.servers import hf_log_probs
 from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens, TransformersWrapper

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import FaultProxy
+from helpers.fault_proxy import FaultProxy
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict, lazy_stack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import keys_of
 import pickle
 import re
 import subprocess
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import asked, needs_version_spans, perturb, told, wait_until
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import asked, needs_version_spans, perturb, told, wait_until
 from tensordict import TensorDict, set_list_to_stack
 from test_collector import make_collector, served_error
 from test_weights import NORM, STEPS
@@ -169,12 +170,11 @@ def test_a_url_means_the_service_of_this_process(
     """It has the keys, and holds its requests during a push; a stranger's would do neither."""
     assert SGLangWeightSyncScheme(server_url=service.server_url + "/").service is service
     assert SGLangWeightSyncScheme(server_url=proxy.url).service is proxied
-    keys = service._keys
-    key, admin = keys.api_key, keys.admin_api_key
-    given = SGLangWeightSyncScheme(server_url=proxy.url, api_key=key, admin_api_key=admin)
+    keys = keys_of(service)
+    given = SGLangWeightSyncScheme(server_url=proxy.url, **keys)
     assert given.service is proxied
     proxied.shutdown()
-    again = SGLangWeightSyncScheme(server_url=proxy.url, api_key=key, admin_api_key=admin)
+    again = SGLangWeightSyncScheme(server_url=proxy.url, **keys)
     assert again.service is not proxied
     assert again.service.state is ServiceState.SYNCED
 

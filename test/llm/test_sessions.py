@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import connect_like
 import asyncio
 import json
 import threading
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import hf_log_probs, needs, num_running, perturb, told, worst_error
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import hf_log_probs, needs, num_running, perturb, told, worst_error
 from tensordict import NonTensorData, TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -203,9 +204,8 @@ def test_closing_that_fails_can_be_tried_again(
 
 
 def test_a_silent_server_does_not_hold_shutdown_up(proxy: FaultProxy, service: AsyncSGLang) -> None:
-    keys = service._keys
-    external = AsyncSGLang.connect(
-        proxy.url, api_key=keys.api_key, timeouts=Timeouts(control_s=2.0)
+    external = connect_like(
+        service, proxy.url, admin_api_key=None, timeouts=Timeouts(control_s=2.0)
     )
     sessions = [external.open_session() for _ in range(5)]
     proxy.faults["/close_session"] = Fault(delay_s=30.0)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from helpers.prompts import PROMPTS
 import pickle
 from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import CPU_SERVER_ARGS, worst_error
-from two_ranks import in_ranks, moved, trained
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import CPU_SERVER_ARGS, worst_error
+from helpers.two_ranks import in_ranks, moved, trained
 
 from torchrl_sglang import AsyncSGLang
 from torchrl_sglang.weights.source.sharded import ShardedWeights
 
-PROMPTS = [[5, 6, 7], [300, 301, 302, 303], list(range(40, 60))]
 
 
 def test_both_ranks_gather_and_one_pushes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.prompts import EIGHT_PROMPTS
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import CPU_SERVER_ARGS, hf_log_probs, told
+from helpers.servers import CPU_SERVER_ARGS, hf_log_probs, told
 from tensordict import NonTensorStack, TensorDict, lazy_stack
 from test_policy import check_row, make_input, ragged_ids, rows_of
 from torchrl.data.llm import History
@@ -153,7 +154,6 @@ def test_openai_clients_get_no_address(bare: AsyncSGLang) -> None:
 # A fewest number of tokens, in two requests
 
 ENDS = {"logit_bias": {EOS: 8.0}}  # so that most rows would end at once
-PROMPTS = [[i, 2 * i + 3, 77, 100 + i] for i in range(8)]
 
 
 @torch.no_grad()
@@ -182,10 +182,10 @@ def test_min_new_tokens(
     fewest, most, stop = 5, 9, 7
     sampling = {"min_new_tokens": fewest, "max_new_tokens": most, "stop_token_ids": [stop], **ENDS}
     on = service if with_tokenizer else bare
-    requests, _ = to_requests(PROMPTS, sampling, {"n": 2})
+    requests, _ = to_requests(EIGHT_PROMPTS, sampling, {"n": 2})
     completions = on.complete(requests)
     reasons = set()
-    for prompt, one in zip([p for p in PROMPTS for _ in range(2)], completions, strict=True):
+    for prompt, one in zip([p for p in EIGHT_PROMPTS for _ in range(2)], completions, strict=True):
         assert fewest <= len(one.output_ids) <= most
         assert not {EOS, stop} & set(one.output_ids[:fewest])
         ended = one.output_ids[-1] in (EOS, stop)

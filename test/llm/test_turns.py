@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.prompts import QUESTIONS
 import copy
 import itertools
 import pickle
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import needs_xgrammar
+from helpers.servers import needs_xgrammar
 from tensordict import TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
 from torch.utils.data import DataLoader
 from torchrl.collectors.llm import LLMCollector
@@ -40,7 +41,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
 ]
 
-QUESTIONS = ["the quick", "hello", "a policy acts, the environment answers", "no", "42", "hm?"]
 SAMPLING = {"max_new_tokens": 24}
 LAYOUTS = pytest.mark.parametrize("pad_output", [False, True], ids=["ragged", "padded"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.servers import connect_like
 import json
 import time
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import told
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import told
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Tokens
 
@@ -130,9 +131,7 @@ def connect_through(
         proxy.faults["/server_info"] = Fault(
             garble=lambda said: json.dumps({**json.loads(said), "model_path": str(path)}).encode()
         )
-    keys = service._keys
-    with AsyncSGLang.connect(
-        proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
+    with connect_like(service, proxy.url, timeouts=timeouts
     ) as external:
         return external.info.vocab_size
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from helpers.asserts import error_of
+from helpers.prompts import EIGHT_PROMPTS
+from helpers.servers import Connect
 import json
 import pickle
 import subprocess
@@ -14,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy
-from servers import (
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.servers import (
     needs,
     needs_version_spans,
     num_running,
@@ -42,9 +45,7 @@ from torchrl_sglang.errors import (
 from torchrl_sglang.servers.together import Engines
 from torchrl_sglang.weights.carry.broadcast import Broadcast
 
-Connect = Callable[..., SGLangWeightSyncScheme]
 
-PROMPTS = [[i, 2 * i + 3, 77, 100 + i] for i in range(8)]
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
 STEPS = {
     "init": "/init_weights_update_group",
@@ -59,17 +60,12 @@ STEPS = {
 }
 
 
-def generated_error(service: AsyncSGLang, model: Any) -> float:
-    """How far the servers' log-probs are from ``model``'s."""
-    return worst_error(model, PROMPTS, service.generate(PROMPTS, SAMPLING))
-
-
 def test_a_push_arrives(service: AsyncSGLang, model: Any, connected: Connect) -> None:
     scheme = connected()
-    before = generated_error(service, perturb(model, seed=1, scale=0.2))
+    before = error_of(service, perturb(model, seed=1, scale=0.2), EIGHT_PROMPTS, SAMPLING)
     assert before > 0.1  # the new weights are far from the old, so a push that did nothing shows
     scheme.send(model)
-    assert generated_error(service, model) < 0.02
+    assert error_of(service, model, EIGHT_PROMPTS, SAMPLING) < 0.02
     push = scheme.last_push
     assert push is not None
     assert push.verified_by == "checksum"
@@ -123,21 +119,21 @@ def test_every_form_of_weights(
 ) -> None:
     scheme = connected()
     scheme.send(FORMS[form](perturb(model, seed=2)))
-    assert generated_error(service, model.bfloat16()) < 0.02
+    assert error_of(service, model.bfloat16(), EIGHT_PROMPTS, SAMPLING) < 0.02
 
 
 def test_the_registered_model(service: AsyncSGLang, model: Any, connected: Connect) -> None:
     scheme = connected()
     scheme.register_model(perturb(model, seed=3))
     scheme.send()
-    assert generated_error(service, model) < 0.02
+    assert error_of(service, model, EIGHT_PROMPTS, SAMPLING) < 0.02
 
 
 def test_many_small_buckets(service: AsyncSGLang, model: Any, connected: Connect) -> None:
     scheme = connected(config=WeightSyncConfig(bucket_bytes=20_000))
     scheme.send(perturb(model, seed=4))
     assert scheme.last_push.num_buckets > 10  # type: ignore[union-attr]
-    assert generated_error(service, model) < 0.02
+    assert error_of(service, model, EIGHT_PROMPTS, SAMPLING) < 0.02
 
 
 def test_a_prefix_cached_before_the_push_is_not_used_after(
@@ -187,14 +183,14 @@ def test_requests_posted_during_a_push(
 
     def generate() -> None:
         assert paused.wait(20.0)
-        results.append(service.generate(PROMPTS, SAMPLING))
+        results.append(service.generate(EIGHT_PROMPTS, SAMPLING))
 
     monkeypatch.setattr(Engines, "begin", begin_when_others_wait)
     thread = threading.Thread(target=generate)
     thread.start()
     scheme.send(model)
     thread.join(60.0)
-    assert worst_error(model, PROMPTS, results[0]) < 0.02
+    assert worst_error(model, EIGHT_PROMPTS, results[0]) < 0.02
 
 
 def test_requests_in_flight_when_a_push_comes(
@@ -204,7 +200,7 @@ def test_requests_in_flight_when_a_push_comes(
     scheme = connected()
     long = {"max_new_tokens": 1200, "ignore_eos": True}
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.extend(service.generate(PROMPTS[:4], long)))
+    thread = threading.Thread(target=lambda: results.extend(service.generate(EIGHT_PROMPTS[:4], long)))
     thread.start()
     wait_until(lambda: num_running(service) >= 4, 20.0)  # each has a token by then
     scheme.send(perturb(model, seed=8))
@@ -234,27 +230,27 @@ def test_a_second_process_right_after_a_push(
     from types import SimpleNamespace
 
     scheme = connected()
-    service.generate(PROMPTS, SAMPLING)  # the old weights' prefixes are cached
+    service.generate(EIGHT_PROMPTS, SAMPLING)  # the old weights' prefixes are cached
     scheme.send(perturb(model, seed=9))
     command = [
         sys.executable,
         "-c",
         SECOND_PROCESS,
         pickle.dumps(service).hex(),
-        json.dumps([PROMPTS, SAMPLING]),
+        json.dumps([EIGHT_PROMPTS, SAMPLING]),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120.0, check=True)
     version, rows = json.loads(done.stdout.splitlines()[-1])
     completions = [SimpleNamespace(output_ids=ids, log_probs=values) for ids, values in rows]
     assert version == str(scheme.last_push.version)  # type: ignore[union-attr]
-    assert worst_error(model, PROMPTS, completions) < 0.02
+    assert worst_error(model, EIGHT_PROMPTS, completions) < 0.02
 
 
 def test_verification_by_probe(service: AsyncSGLang, model: Any, connected: Connect) -> None:
     scheme = connected(config=WeightSyncConfig(verify_method="probe"))
     scheme.send(perturb(model, seed=10))
     assert scheme.last_push.verified_by == "probe"  # type: ignore[union-attr]
-    assert generated_error(service, model) < 0.02
+    assert error_of(service, model, EIGHT_PROMPTS, SAMPLING) < 0.02
 
 
 # What goes wrong
@@ -316,7 +312,7 @@ def test_a_step_that_fails(
     proxy.faults.clear()
     scheme.send(model)
     assert proxied.state is ServiceState.SYNCED
-    assert generated_error(proxied, model) < 0.02
+    assert error_of(proxied, model, EIGHT_PROMPTS, SAMPLING) < 0.02
 
 
 def test_a_server_that_refuses_to_join(
@@ -344,7 +340,7 @@ def test_a_session_that_a_dead_trainer_left_open(
     scheme = connected()
     told(service.workers[0], "/begin_weight_update")
     scheme.send(perturb(model, seed=13))
-    assert generated_error(service, model) < 0.02
+    assert error_of(service, model, EIGHT_PROMPTS, SAMPLING) < 0.02
 
 
 def without(name: str) -> Any:
@@ -476,6 +472,6 @@ def test_the_engine_takes_weights_itself(
     perturb(model, seed=14)
     service.init_weight_update_group()
     service.update_weights(iter(model.state_dict().items()))
-    assert generated_error(service, model) < 0.02
+    assert error_of(service, model, EIGHT_PROMPTS, SAMPLING) < 0.02
     service._pusher.close()  # type: ignore[union-attr]
     ready_weights(service, model_path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_models import ernie4_5_moe, glm4_moe, minimax_m2, mixtral, olmoe, qwen3_moe
+from helpers.moe_models import ernie4_5_moe, glm4_moe, minimax_m2, mixtral, olmoe, qwen3_moe
 from safetensors.torch import load_file
 from tiny_model import make_model, make_tokenizer
 from transformers import Gemma3ForConditionalGeneration

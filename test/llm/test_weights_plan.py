@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from worker_infos import worker_info
+from helpers.worker_infos import worker_info
 
 from torchrl_sglang.errors import TopologyError, WeightsError
 from torchrl_sglang.servers.info import WorkerInfo

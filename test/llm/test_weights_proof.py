@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from worker_infos import worker_info
+from helpers.worker_infos import worker_info
 
 from torchrl_sglang.errors import VerificationError
 from torchrl_sglang.servers.info import WorkerInfo

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import CPU_SERVER_ARGS, perturb, told
+from helpers.servers import CPU_SERVER_ARGS, perturb, told
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 

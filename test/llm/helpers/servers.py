@@ -12,12 +12,15 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from lora_files import ATTENTION, MLP
+from helpers.lora_files import ATTENTION, MLP
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme
 from torchrl_sglang.errors import ServiceError
+from torchrl_sglang.servers.control import ControlClient
+
+Connect = Callable[..., SGLangWeightSyncScheme]  # the fixture `connected`
 
 SERVER_PYTHON = os.environ.get("TORCHRL_SGLANG_TEST_SERVER_PYTHON")
 
@@ -25,6 +28,29 @@ SERVER_PYTHON = os.environ.get("TORCHRL_SGLANG_TEST_SERVER_PYTHON")
 def told(worker: Any, path: str, body: Any = None, **kwargs: Any) -> Any:
     """What a server answers to a POST, with whichever key it wants."""
     return worker.http.post(path, body, admin=True, **kwargs)
+
+
+def keys_of(service: AsyncSGLang) -> dict[str, str | None]:
+    """What it takes to attach to the servers of a service."""
+    keys = service._keys
+    return {"api_key": keys.api_key, "admin_api_key": keys.admin_api_key}
+
+
+def connect_like(service: AsyncSGLang, url: str | None = None, **kwargs: Any) -> AsyncSGLang:
+    """Another service on the same servers, which knows nothing of what the first one did.
+
+    Args:
+        service: the first one.
+        url: where the servers are reached; default: the first server's own address.
+        **kwargs: more arguments of `AsyncSGLang.connect`.
+    """
+    return AsyncSGLang.connect(url or service.workers[0].url, **{**keys_of(service), **kwargs})
+
+
+def client_like(service: AsyncSGLang, url: str) -> ControlClient:
+    """Asks what is at a URL, with the keys and bounds of a service."""
+    keys = keys_of(service)
+    return ControlClient(url, timeouts=service.timeouts, **keys)
 
 
 def asked(worker: Any, path: str, **kwargs: Any) -> Any:
@@ -64,17 +90,24 @@ SPECIAL_SERVER_ARGS: dict[str, Any] = {
 }
 
 
-def wait_until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
-    """Returns once it holds."""
-    deadline = time.monotonic() + within_s
+def wait_until(holds: Callable[[], Any], within_s: float = 15.0) -> float:
+    """Seconds until it came about."""
+    start = time.monotonic()
     while not holds():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() - start < within_s, "it did not come about"
         time.sleep(0.01)
+    return time.monotonic() - start
 
 
 def num_running(service: AsyncSGLang) -> int:
     """Requests that the server works on; its own count lags behind by some steps."""
     return int(asked(service.workers[0], "/v1/loads")["loads"][0]["num_running_reqs"])
+
+
+def num_under_way(service: AsyncSGLang) -> int:
+    """Requests that the server works on, or has in its queue."""
+    load = asked(service.workers[0], "/v1/loads")["loads"][0]
+    return int(load["num_running_reqs"] + load["num_waiting_reqs"])
 
 
 def lacking(reason: str) -> NoReturn:

@@ -1,0 +1,23 @@
+"""How far the servers are from what they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from helpers.prompts import PROMPTS
+from helpers.servers import worst_error
+
+from torchrl_sglang import AsyncSGLang
+
+SAMPLING = {"max_new_tokens": 24, "ignore_eos": True}
+
+
+def error_of(
+    service: AsyncSGLang,
+    model: Any,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    sampling: Mapping[str, Any] = SAMPLING,
+) -> float:
+    """How far the log-probs that the servers report are from ``model``'s."""
+    return worst_error(model, prompts, service.generate(prompts, sampling))
