@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -127,3 +128,16 @@ class FaultProxy:
             return Fault()
         fault.times -= 1
         return fault
+
+
+class WatchingProxy(FaultProxy):
+    """Tells at once which clients went away before they had their answer."""
+
+    left: list[str]
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        try:
+            return await super()._handle(request)
+        except asyncio.CancelledError:
+            self.left.append(json.loads(await request.read())["rid"])
+            raise

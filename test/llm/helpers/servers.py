@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from helpers.lora_files import ATTENTION, MLP
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
+from helpers.lora_files import ATTENTION, MLP
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme
 from torchrl_sglang.errors import ServiceError
 from torchrl_sglang.servers.control import ControlClient

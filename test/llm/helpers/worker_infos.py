@@ -26,3 +26,6 @@ def worker_info(**changes: Any) -> WorkerInfo:
         "capabilities": Capabilities(update_session=True, checksum=True, cache_salt=True),
     }
     return WorkerInfo(**{**usual, **changes})
+
+
+HERE, ELSEWHERE = "http://127.0.0.1:1", "http://203.0.113.7:1"  # the second: documentation's own
