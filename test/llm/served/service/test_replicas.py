@@ -174,7 +174,7 @@ def test_samples_of_a_prompt_share_a_cache(
 def test_the_policy_spreads_and_keeps_samples_together(
     replicas: AsyncSGLang, tokenizer: Any
 ) -> None:
-    from test_policy import make_input
+    from helpers.rows import make_input
 
     policy = SGLangWrapper(
         replicas,

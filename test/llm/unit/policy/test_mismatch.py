@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from torchrl_sglang import mismatch
 from torchrl_sglang.errors import InputError
-from torchrl_sglang.policy import mismatch
 
 NAN = float("nan")
 

@@ -19,6 +19,7 @@ from helpers.lora_files import random_adapter
 from helpers.peft_models import base_model, peft_model, train
 from helpers.worker_infos import worker_info as worker
 from torchrl_sglang.errors import ConfigError, TopologyError, UnsupportedOptionError, WeightsError
+from torchrl_sglang.servers.control import ControlClient
 from torchrl_sglang.servers.info import Capabilities, Features
 from torchrl_sglang.weights.lora.load import prepared
 from torchrl_sglang.weights.lora.push import check_servers
@@ -213,7 +214,7 @@ def test_each_rank_gets_copies_and_not_the_storage_behind(model_path: Path) -> N
     content = base64.b64decode(bodies["http://s"]["serialized_named_tensors"][0])
     assert len(content) < load.num_bytes + 10_000 < big.nbytes
     with prepared(adapter, "policy@3", infos, torch.bfloat16) as load:
-        assert load.path == "/load_lora_adapter_from_tensors"
+        assert load.order is ControlClient.load_adapter_tensors
         bodies = load.bodies
     assert load.num_bytes == 2 * sum(tensor.numel() for tensor in views.values())
     assert [len(bodies[i.url]["serialized_named_tensors"]) for i in infos] == [1, 2]
@@ -227,7 +228,7 @@ def test_a_folder_where_servers_take_no_tensors(model_path: Path) -> None:
     adapter = read(peft_model(model_path, seed=1))
     with prepared(adapter, "policy@3", [worker(url="http://127.0.0.1:1")], None) as load:
         folder = Path(load.bodies["http://127.0.0.1:1"]["lora_path"])
-        assert load.path == "/load_lora_adapter"
+        assert load.order is ControlClient.load_adapter
         assert read(folder).folder == str(folder)
     assert not folder.exists()
     with (
