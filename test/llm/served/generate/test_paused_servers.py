@@ -40,9 +40,6 @@ def idle(service: AsyncSGLang) -> Iterator[None]:
     wait_until(lambda: not num_under_way(service))
 
 
-# Servers that somebody else paused
-
-
 @pytest.fixture
 def impatient(proxy: FaultProxy, service: AsyncSGLang) -> Iterator[AsyncSGLang]:
     """A service that leaves requests with paused servers for one second."""

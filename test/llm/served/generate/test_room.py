@@ -20,9 +20,6 @@ from torchrl_sglang.generate.room import BEYOND_LONGEST_INPUT, room_for
 ON = {"ignore_eos": True, "max_new_tokens": 64}
 
 
-# The real server
-
-
 def full_after(service: AsyncSGLang, room: int) -> list[int]:
     """A prompt that leaves room for so many tokens."""
     assert service.max_input_len is not None

@@ -64,9 +64,6 @@ def wait_for(url: str) -> None:
     raise AssertionError(f"nothing answers at {url}")
 
 
-# Models that read text only
-
-
 @pytest.mark.parametrize(
     ("media", "match"),
     [

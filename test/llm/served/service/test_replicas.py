@@ -16,6 +16,7 @@ import pytest
 
 from helpers.counts import Counts, done_by
 from helpers.processes import alive, descendants, listening
+from helpers.rows import make_input
 from helpers.servers import (
     CPU_SERVER_ARGS,
     asked,
@@ -174,8 +175,6 @@ def test_samples_of_a_prompt_share_a_cache(
 def test_the_policy_spreads_and_keeps_samples_together(
     replicas: AsyncSGLang, tokenizer: Any
 ) -> None:
-    from helpers.rows import make_input
-
     policy = SGLangWrapper(
         replicas,
         num_samples=8,

@@ -140,9 +140,6 @@ def test_verification_by_probe(service: AsyncSGLang, model: Any, connected: Conn
     assert error_of(service, model, EIGHT_PROMPTS, SAMPLING) < 0.02
 
 
-# What goes wrong
-
-
 @pytest.mark.parametrize("method", ["checksum", "probe"])
 def test_garbled_weights_are_noticed(
     proxied: AsyncSGLang,

@@ -231,9 +231,6 @@ def test_a_push_that_fails_for_real_and_its_repair(
     wait_until(lambda: not num_under_way(proxied), 15.0)  # the servers drop what nobody waits for
 
 
-# Servers that somebody else paused
-
-
 @pytest.fixture
 def impatient(proxy: FaultProxy, service: AsyncSGLang) -> Iterator[AsyncSGLang]:
     """A service that leaves requests with paused servers for one second."""

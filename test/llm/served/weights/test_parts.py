@@ -14,8 +14,6 @@ from helpers.ways import config
 from torchrl_sglang import AsyncSGLang, ServiceState
 from torchrl_sglang.errors import PushError, VerificationError, WeightsError
 
-# A part of the model
-
 
 def test_a_part_of_the_model(service: AsyncSGLang, model: Any, connected: Connect) -> None:
     scheme = connected(config=config("auto"))

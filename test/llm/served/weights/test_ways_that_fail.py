@@ -26,9 +26,6 @@ ROUTES = {
 }
 
 
-# Failures
-
-
 @pytest.fixture
 def impatient(proxy: FaultProxy, shared_service: AsyncSGLang) -> Iterator[AsyncSGLang]:
     with connect_like(

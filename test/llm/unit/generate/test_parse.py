@@ -55,9 +55,6 @@ def without(name: str) -> Change:
     return lambda made: made.pop(name, None) or made["meta_info"].pop(name, None)
 
 
-# Completions
-
-
 def test_a_whole_answer() -> None:
     assert parse_completion(answer(), REQUEST) == Completion(
         rid="r1",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from helpers.standins import run
 from torchrl_sglang.launch.commands import CPU_SERVE
 
-# Pinned memory
-
 
 def told(accelerator: bool) -> str:
     """Code that tells torch whether there is an accelerator."""

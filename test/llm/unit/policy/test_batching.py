@@ -17,9 +17,6 @@ from helpers.threads import in_threads
 from torchrl_sglang.errors import ServerFailedError, ServiceError
 from torchrl_sglang.policy.batching import Batcher, BatchingConfig
 
-# The batcher alone
-
-
 Done = Callable[[int, int | BaseException], None]
 
 

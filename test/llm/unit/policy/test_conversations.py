@@ -20,9 +20,6 @@ pytestmark = [
 ]
 
 
-# Without a server
-
-
 def step(prompt: list[int], answer: list[int], reward: Any = 1.0, done: bool = False) -> TensorDict:
     ids = torch.tensor([*prompt, *answer])
     mask = torch.arange(len(ids)) >= len(prompt)

@@ -32,9 +32,6 @@ pytestmark = [
 ]
 
 
-# The memory
-
-
 def a_turn(*ids: int, text: str = "", chat: Any = None) -> Turn:
     return Turn(ids=ids, text=text or repr(ids), chat=chat if chat is not None else ids)
 

@@ -15,8 +15,6 @@ from torchrl_sglang.servers.info import (
     parse_worker_urls,
 )
 
-# Servers
-
 ROUTES = ("/generate", "/pause_generation")
 
 SESSION = ("/begin_weight_update", "/end_weight_update")

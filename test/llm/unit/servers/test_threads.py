@@ -9,8 +9,6 @@ import pytest
 
 from torchrl_sglang.servers.threads import in_thread
 
-# Threads
-
 
 def test_a_call_in_a_thread() -> None:
     assert in_thread(lambda: 3, "torchrl_sglang-test").result(5.0) == 3

@@ -17,9 +17,6 @@ REFUSED = RequestRefusedError("400: failed to receive weights", status=400)
 WIRE = WireError("connection closed by peer")
 
 
-# Several ends at once
-
-
 def failing(after_s: float, error: Exception) -> Future[None]:
     future: Future[None] = Future()
     threading.Timer(after_s, future.set_exception, [error]).start()

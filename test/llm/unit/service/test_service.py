@@ -39,9 +39,6 @@ def test_nothing_starts_with_an_unknown_option(
     assert not (tmp_path / "logs").exists()
 
 
-# TorchRL's constructor
-
-
 @pytest.mark.parametrize(
     ("given", "says"),
     [

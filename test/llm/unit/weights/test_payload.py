@@ -18,9 +18,6 @@ WIDE = {"2", "5"}  # names of what travels in float32
 BUCKET_BYTES = st.integers(1, 5000)
 
 
-# Bytes
-
-
 def cut(payload: torch.Tensor, bucket: Bucket) -> dict[str, torch.Tensor]:
     """Takes a broadcast apart as a server does."""
     tensors, offset = {}, 0

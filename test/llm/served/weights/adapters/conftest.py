@@ -15,8 +15,17 @@ from helpers.processes import until
 from helpers.servers import asked
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import ConfigError
+from torchrl_sglang.servers import lora as adapters
+from torchrl_sglang.weights.lora import room as adapter_room
 
 Push = Callable[..., SGLangWeightSyncScheme]
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old versions go as soon as nobody uses them, and lists are asked for anew each time."""
+    monkeypatch.setattr(adapter_room, "KEPT_S", 0.0)
+    monkeypatch.setattr(adapters, "LIST_VALID_S", 0.0)
 
 
 @pytest.fixture

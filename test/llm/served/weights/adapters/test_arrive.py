@@ -47,13 +47,6 @@ from torchrl_sglang.weights.lora.source import read_adapter
 Push = Callable[..., SGLangWeightSyncScheme]
 
 
-@pytest.fixture(autouse=True)
-def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old versions go as soon as nobody uses them, and lists are asked for anew each time."""
-    monkeypatch.setattr(adapter_room, "KEPT_S", 0.0)
-    monkeypatch.setattr(adapters, "LIST_VALID_S", 0.0)
-
-
 # Pushing
 
 

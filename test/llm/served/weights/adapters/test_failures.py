@@ -25,24 +25,12 @@ from torchrl_sglang.errors import (
     PushTimeoutError,
     VerificationError,
 )
-from torchrl_sglang.servers import lora as adapters
 from torchrl_sglang.servers.gate import ServiceState
-from torchrl_sglang.weights.lora import room as adapter_room
 
 UNLOAD, VERSION = "/unload_lora_adapter", "/update_weight_version"
 
 
 Push = Callable[..., SGLangWeightSyncScheme]
-
-
-@pytest.fixture(autouse=True)
-def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old versions go as soon as nobody uses them, and lists are asked for anew each time."""
-    monkeypatch.setattr(adapter_room, "KEPT_S", 0.0)
-    monkeypatch.setattr(adapters, "LIST_VALID_S", 0.0)
-
-
-# Failures
 
 
 @pytest.mark.parametrize(

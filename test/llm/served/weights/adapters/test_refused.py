@@ -28,23 +28,11 @@ from torchrl_sglang.errors import (
     VersionError,
     WeightsError,
 )
-from torchrl_sglang.servers import lora as adapters
-from torchrl_sglang.weights.lora import room as adapter_room
 
-UNLOAD, VERSION = "/unload_lora_adapter", "/update_weight_version"
+UNLOAD = "/unload_lora_adapter"
 
 
 Push = Callable[..., SGLangWeightSyncScheme]
-
-
-@pytest.fixture(autouse=True)
-def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old versions go as soon as nobody uses them, and lists are asked for anew each time."""
-    monkeypatch.setattr(adapter_room, "KEPT_S", 0.0)
-    monkeypatch.setattr(adapters, "LIST_VALID_S", 0.0)
-
-
-# What can't be pushed
 
 
 def test_refused_before_anything_is_touched(

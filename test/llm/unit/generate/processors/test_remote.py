@@ -24,9 +24,6 @@ class Reduced:
         return logits[:, :2]
 
 
-# Without a server: a stand-in for SGLang's request, and its way of loading a processor.
-
-
 @pytest.fixture
 def finished(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's module of finish reasons, which the server's process has loaded."""
@@ -63,9 +60,6 @@ def test_equal_masks_are_one_tensor_for_as_long_as_they_are_used() -> None:
     assert rows[0]["__opened__"][0] is rows[1]["__opened__"][0]
     del rows
     assert len(served._MASKS) == before
-
-
-# What goes wrong on the server ends the requests concerned, and nothing else.
 
 
 @pytest.mark.parametrize(

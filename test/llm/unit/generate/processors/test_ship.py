@@ -31,9 +31,6 @@ from torchrl_sglang.generate.processors.ship import SERVED
 VOCAB = 8
 
 
-# Without a server: a stand-in for SGLang's request, and its way of loading a processor.
-
-
 @pytest.fixture
 def finished(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's module of finish reasons, which the server's process has loaded."""
