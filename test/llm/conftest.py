@@ -28,7 +28,12 @@ settings.register_profile("tests", deadline=None)  # machines are noisy
 settings.load_profile("tests")
 FOLDER = Path(__file__).parent
 MARKS = {"unit": "unit", "served": "served", "faults": "failing", "whole": "whole"}
-# Files that start servers of their own.
+# Files without a server that take long all the same: they import SGLang, or wait.
+SLOWEST_UNITS = {
+    *("unit/launch/test_options", "unit/launch/test_pinning", "unit/policy/test_media"),
+    *("unit/generate/processors/test_ship", "unit/weights/test_group", "unit/weights/test_sharded"),
+}
+# Files that start servers of their own, or take minutes.
 LONG = {
     *("faults/test_closing", "faults/test_dead_servers", "faults/test_every_step"),
     *("faults/test_restart", "faults/test_sharded", "whole/test_docs"),
@@ -36,22 +41,28 @@ LONG = {
     *("served/weights/test_data_parallel", "served/weights/test_experts"),
     *("served/weights/test_ranks", "served/weights/test_sharded"),
     *("served/policy/test_extras", "served/policy/test_without_a_tokenizer"),
-    *("served/generate/test_processors", "served/weights/adapters/test_arrive"),
+    *("served/policy/test_resuming", "served/generate/test_processors"),
+    *("served/generate/test_paused_servers", "served/weights/test_beside_requests"),
+    *("served/weights/test_arrives", "served/weights/test_refused"),
+    *(f"served/weights/adapters/test_{name}" for name in ("arrive", "failures", "refused")),
 }
 # A shell's background jobs ignore Ctrl-C, and so do their children: some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests by their folder, and puts the quick ones first.
 
-    What starts servers of its own comes next, so that no process ends long after others.
+    What starts servers of its own, or takes minutes, comes next, so that no process ends long after others.
     """
 
     def place(item: pytest.Item) -> int:
         name = item.path.relative_to(FOLDER).with_suffix("").as_posix()
-        return 0 if name.startswith("unit/") else 1 if name in LONG else 2
+        if name.startswith("unit/"):
+            return 0 if name in SLOWEST_UNITS else 1
+        return 2 if name in LONG else 3
 
     for item in items:
         item.add_marker(MARKS[item.path.relative_to(FOLDER).parts[0]])
