@@ -55,7 +55,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests by their folder, and puts the quick ones first.
 
-    What starts servers of its own, or takes minutes, comes next, so that no process ends long after others.
+    What starts servers of its own, or takes minutes, comes next, so that no process ends long after
+    others.
     """
 
     def place(item: pytest.Item) -> int:
