@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from helpers.copies import generate_in_child
 from helpers.servers import CPU_SERVER_ARGS
 from torchrl_sglang import AsyncSGLang
 from torchrl_sglang.errors import ConnectError, ServiceClosedError
@@ -40,17 +41,10 @@ def test_managed_servers_listen_on_loopback(service: AsyncSGLang) -> None:
     assert all("//127.0.0.1:" in worker.url for worker in service.workers)
 
 
-def _generate_in_child(payload: bytes, answers: Any) -> None:
-    external = pickle.loads(payload)
-    sampling = {"max_new_tokens": 8, "temperature": 0.0}
-    answers.put((external.generate([9, 8, 7], sampling).output_ids, repr(external)))
-    external.shutdown()
-
-
 def test_a_pickled_copy_works_in_another_process(service: AsyncSGLang) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    child = context.Process(target=_generate_in_child, args=(pickle.dumps(service), answers))
+    child = context.Process(target=generate_in_child, args=(pickle.dumps(service), answers))
     child.start()
     ids, shown = answers.get(timeout=120.0)
     child.join(60.0)
