@@ -20,6 +20,7 @@ from helpers.servers import (
     worst_error,
 )
 from torchrl_sglang import AsyncSGLang, WeightSyncConfig
+from torchrl_sglang.generate.generator import Generator
 from torchrl_sglang.servers.together import Engines
 
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}
@@ -43,7 +44,7 @@ def test_without_salt_and_flush_stale_prefixes_would_be_used(
     service: AsyncSGLang, model: Any, connected: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the test above guards against does happen, so it can fail."""
-    monkeypatch.setattr(AsyncSGLang, "_cache_salt", lambda self, version: "always the same")
+    monkeypatch.setattr(Generator, "_cache_salt", lambda self, version: "always the same")
     scheme = connected(config=WeightSyncConfig(flush_cache=False))
     prompt = list(range(100, 164))
     service.generate(prompt, SAMPLING)
