@@ -35,7 +35,7 @@ export PIP_USER := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test test-slow test-faults test-versions lint format docs clean clean-env
+.PHONY: help env demo test test-fast test-rest test-slow test-faults test-versions lint format docs clean clean-env
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -51,13 +51,20 @@ demo: $(STAMP) ## train a tiny model against a real SGLang server on the CPU
 test: $(STAMP) ## run the test suite against a real SGLang server on the CPU
 	$(IN_VENV) -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
+test-fast: $(STAMP) ## run the tests that need no server, in two minutes at most
+	$(IN_VENV) -m pytest test/llm/unit $(IN_PARALLEL) $(PYTEST_ARGS)
+
+test-rest: $(STAMP) ## run what test runs and test-fast does not
+	$(IN_VENV) -m pytest --ignore=test/llm/unit $(IN_PARALLEL) $(PYTEST_ARGS)
+
 test-slow: $(STAMP) ## run the tests that need servers of other shapes, or long; writes their report
 	TESTS_REPORT=benchmarks/results/slow_tests_cpu.md $(IN_VENV) -m pytest -m slow $(IN_PARALLEL) \
 		$(PYTEST_ARGS)
 
 test-faults: $(STAMP) ## every fault at every step of a weight push; writes the table of the docs
-	FAULTS_REPORT=benchmarks/results/faults_cpu.md $(IN_VENV) -m pytest test/llm/test_faults.py \
-		test/llm/test_sharded.py -m 'faults or not faults' $(PYTEST_ARGS)
+	FAULTS_REPORT=benchmarks/results/faults_cpu.md $(IN_VENV) -m pytest \
+		$(addprefix test/llm/faults/test_, every_step.py dead_servers.py sharded.py) \
+		-m 'faults or not faults' $(PYTEST_ARGS)
 
 test-versions: $(STAMP) ## run the tests against older releases of SGLang too (slow, 3 GB for each)
 	VERSIONS='$(VERSIONS)' TORCH_INDEX='$(TORCH_INDEX)' tools/test_versions.sh $(PYTEST_ARGS)

@@ -800,7 +800,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PAGE)
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT / "test/llm"), str(ROOT / "examples")]
-    from servers import CPU_SERVER_ARGS, make_peaked_model
+    from helpers.servers import CPU_SERVER_ARGS, make_peaked_model
 
     with tempfile.TemporaryDirectory() as folder:
         path = make_peaked_model(Path(folder))

@@ -11,37 +11,52 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # What runs: the files whose tests talk to a server started with CPU_SERVER_ARGS of
-# test/llm/servers.py. A test of what an old server lacks says so itself, with `needs` from there.
-# Not test_adapter_push.py: 0.5.20 can wait for ever to unload an adapter, which these tests do after
-# each push (`test_every_way_to_generate` is followed by a typed error after its bound).
+# test/llm/helpers/servers.py. A test of what an old server lacks says so itself, with `needs` from
+# there. Not served/weights/adapters: 0.5.20 can wait for ever to unload an adapter, which these
+# tests do after each push (`test_every_way_to_generate` is followed by a typed error after its
+# bound).
 TESTS=(
-    test_abort.py
-    test_admission.py
-    test_async.py
-    test_batching.py
-    test_collector.py
-    test_extras.py
-    test_generate.py
-    test_log_probs_mode.py
-    test_lora.py
-    test_media.py
-    test_methods.py
-    test_num_samples.py
-    test_openai.py
-    test_parity.py
-    test_policy.py
-    test_processors.py
-    test_properties.py
-    test_push_options.py
-    test_replicas.py
-    test_retry.py
-    test_row_options.py
-    test_scoring.py
-    test_sessions.py
-    test_skip_tokenizer.py
-    test_turns.py
-    test_vocabulary.py
-    test_weights.py
+    served/generate/test_abort.py
+    served/generate/test_generate.py
+    served/generate/test_lora.py
+    served/generate/test_many_at_once.py
+    served/generate/test_one_by_one.py
+    served/generate/test_openai.py
+    served/generate/test_paused_servers.py
+    served/generate/test_processors.py
+    served/generate/test_retries.py
+    served/generate/test_sampling_options.py
+    served/generate/test_sessions.py
+    served/generate/test_vocabulary.py
+    served/policy/test_arguments.py
+    served/policy/test_batching.py
+    served/policy/test_extras.py
+    served/policy/test_log_probs.py
+    served/policy/test_media.py
+    served/policy/test_modes_and_layouts.py
+    served/policy/test_resuming.py
+    served/policy/test_rows.py
+    served/policy/test_samples.py
+    served/policy/test_scoring.py
+    served/policy/test_turns.py
+    served/policy/test_turns_and_templates.py
+    served/policy/test_without_a_tokenizer.py
+    served/service/test_attach.py
+    served/service/test_replicas.py
+    served/service/test_service.py
+    served/sync/test_collectors.py
+    served/weights/test_arrives.py
+    served/weights/test_beside_requests.py
+    served/weights/test_in_flight.py
+    served/weights/test_options.py
+    served/weights/test_other_forms.py
+    served/weights/test_parts.py
+    served/weights/test_refused.py
+    served/weights/test_ways.py
+    served/weights/test_ways_that_fail.py
+    unit/policy/test_media.py
+    whole/test_parity.py
+    whole/test_properties.py
 )
 
 # The oldest supported one, some between (0.5.21 is the first with update sessions), and the one that

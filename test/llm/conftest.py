@@ -10,29 +10,64 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import FaultProxy
 from hypothesis import settings
-from servers import CPU_SERVER_ARGS, SPECIAL_SERVER_ARGS, make_peaked_model, ready_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from helpers.fault_proxy import FaultProxy
+from helpers.servers import (
+    CPU_SERVER_ARGS,
+    SPECIAL_SERVER_ARGS,
+    connect_like,
+    make_peaked_model,
+    ready_weights,
+)
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, Timeouts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("tests", deadline=None)  # machines are noisy
 settings.load_profile("tests")
+FOLDER = Path(__file__).parent
+MARKS = {"unit": "unit", "served": "served", "faults": "failing", "whole": "whole"}
+# Files without a server that take long all the same: they import SGLang, or wait.
+SLOWEST_UNITS = {
+    *("unit/launch/test_options", "unit/launch/test_pinning", "unit/policy/test_media"),
+    *("unit/generate/processors/test_ship", "unit/weights/test_group", "unit/weights/test_sharded"),
+}
+# Files that start servers of their own, or take minutes.
 LONG = {
-    *("test_launch", "test_exit", "test_docs", "test_replicas", "test_faults", "test_sharded"),
-    *("test_experts", "test_data_parallel", "test_extras", "test_weights", "test_adapter_push"),
-    *("test_abort", "test_admission", "test_options", "test_skip_tokenizer", "test_restart"),
+    *("faults/test_closing", "faults/test_dead_servers", "faults/test_every_step"),
+    *("faults/test_restart", "faults/test_sharded", "whole/test_docs"),
+    *("served/service/test_launch", "served/service/test_replicas"),
+    *("served/weights/test_data_parallel", "served/weights/test_experts"),
+    *("served/weights/test_ranks", "served/weights/test_sharded"),
+    *("served/policy/test_extras", "served/policy/test_without_a_tokenizer"),
+    *("served/policy/test_resuming", "served/generate/test_processors"),
+    *("served/generate/test_paused_servers", "served/weights/test_beside_requests"),
+    *("served/weights/test_arrives", "served/weights/test_refused"),
+    *(f"served/weights/adapters/test_{name}" for name in ("arrive", "failures", "refused")),
 }
 # A shell's background jobs ignore Ctrl-C, and so do their children: some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts servers of its own comes first, so that no process ends long after others."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    """Marks tests by their folder, and puts the quick ones first.
+
+    What starts servers of its own, or takes minutes, comes next, so that no process ends long after
+    others.
+    """
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(FOLDER).with_suffix("").as_posix()
+        if name.startswith("unit/"):
+            return 0 if name in SLOWEST_UNITS else 1
+        return 2 if name in LONG else 3
+
+    for item in items:
+        item.add_marker(MARKS[item.path.relative_to(FOLDER).parts[0]])
+    items.sort(key=place)
 
 
 @pytest.hookimpl(trylast=True)
@@ -109,11 +144,8 @@ def service(shared_service: AsyncSGLang) -> AsyncSGLang:
 @pytest.fixture
 def attached(shared_service: AsyncSGLang, timeouts: Timeouts) -> Iterator[AsyncSGLang]:
     """An external service on the shared server, with a state of its own."""
-    keys = shared_service._keys
-    with AsyncSGLang.connect(
-        shared_service.workers[0].url,
-        api_key=keys.api_key,
-        admin_api_key=keys.admin_api_key,
+    with connect_like(
+        shared_service,
         timeouts=timeouts,
     ) as external:
         yield external
@@ -131,10 +163,7 @@ def proxied(
     proxy: FaultProxy, shared_service: AsyncSGLang, timeouts: Timeouts
 ) -> Iterator[AsyncSGLang]:
     """An external service that reaches the shared server through the proxy."""
-    keys = shared_service._keys
-    with AsyncSGLang.connect(
-        proxy.url, api_key=keys.api_key, admin_api_key=keys.admin_api_key, timeouts=timeouts
-    ) as external:
+    with connect_like(shared_service, proxy.url, timeouts=timeouts) as external:
         proxy.seen.clear()  # of what was asked to attach
         yield external
 
