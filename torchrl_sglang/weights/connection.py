@@ -125,11 +125,11 @@ class Link:
 
     def leave(self) -> None:
         """Leaves the group in order, on both sides; harmless without one."""
-        self._let_go(Carrier.close)
+        self._let_go(lambda carrier: carrier.close())
 
     def drop(self) -> None:
         """Leaves without waiting for anybody: after a failure the group can't be trusted."""
-        self._let_go(Carrier.drop)
+        self._let_go(lambda carrier: carrier.drop())
 
     def _let_go(self, end: Callable[[Carrier], None]) -> None:
         carrier, targets = self.carrier, self.targets

@@ -28,6 +28,7 @@ from torchrl_sglang.errors import (
     UnsupportedOptionError,
 )
 from torchrl_sglang.policy import call
+from torchrl_sglang.policy.outputs import writer
 from torchrl_sglang.servers import members
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
@@ -123,7 +124,7 @@ def test_what_takes_time_is_done_in_threads(
 
     watch(members, "attach")
     watch(call, "read_prompts")
-    watch(call, "build_outputs")
+    watch(writer, "build_outputs")
     watch(SGLangWrapper, "_place")
     copied = pickle.loads(pickle.dumps(policy))  # attaches on first use
     with copied.service:

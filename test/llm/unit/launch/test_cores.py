@@ -89,7 +89,7 @@ def test_which_starts_bind_their_ranks(
     bound: list[str | None],
 ) -> None:
     """SGLang gives each rank a whole NUMA node, and ends where there are too few of them."""
-    monkeypatch.setattr("torchrl_sglang.servers.start.usable_cores", lambda allowed: (0, 1, 2))
+    monkeypatch.setattr("torchrl_sglang.launch.plan.usable_cores", lambda allowed: (0, 1, 2))
     planned = fleet(model, num_replicas=num_replicas, server={"device": "cpu", **sizes})
     assert [config.cpu_threads for config in planned] == [threads] * num_replicas
     assert [config.cpu_cores and binding(config.cpu_cores) for config in planned] == bound
