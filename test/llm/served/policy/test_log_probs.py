@@ -241,6 +241,29 @@ def test_strict_and_warnings_for_a_call_and_for_a_row(service: AsyncSGLang) -> N
         make_policy(service, {}, log_probs_mode="reported")(td, top_p=0.5)
 
 
+class OfAUser(SGLangWrapper):
+    """A wrapper that a user makes in a class of his own."""
+
+    def __init__(self, service: AsyncSGLang) -> None:
+        super().__init__(service, input_mode="tokens", generate_kwargs={"top_p": 0.9})
+
+
+def test_a_warning_names_the_line_of_the_user(service: AsyncSGLang) -> None:
+    """From the constructor, from a call, and from the options of a row."""
+    plain = make_policy(service, {})
+    own = TensorDict(top_k=torch.tensor([-1, 3]), batch_size=2)
+    rows = make_input(PROMPTS[:2]).update({"sampling": own})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_policy(service, {"top_k": 3})
+        OfAUser(service)
+        plain(make_input(), min_p=0.1)
+        plain(rows)
+    told = [each for each in caught if each.category is BehaviourLogProbWarning]
+    assert {each.filename for each in told} == {__file__}
+    assert len({each.lineno for each in told}) == 4
+
+
 def test_the_sampling_mask_needs_a_top_k(service: AsyncSGLang) -> None:
     """SGLang returns no mask without one; corrected log-probs choose the largest that it takes."""
     needs(service, "sampling_mask_tokens")

@@ -59,14 +59,17 @@ def test_a_trainer_in_another_dtype(service: AsyncSGLang, model: Any, connected:
     assert error_of(service, model.bfloat16()) < 0.02
 
 
-def test_the_time_of_each_part(model: Any, connected: Connect) -> None:
-    scheme = connected()
+@pytest.mark.parametrize("method", ["broadcast", "tensor", "disk"])
+def test_the_time_of_each_part(model: Any, connected: Connect, method: Any) -> None:
+    scheme = connected(config=WeightSyncConfig(method=method))
     scheme.send(model)
     push = scheme.last_push
     assert push is not None
     parts = {"pause", "flush", "begin", "transfer", "end", "verify", "version", "continue"}
     assert parts <= push.step_s.keys() | {"begin", "end"}
-    assert push.step_s["transfer"] <= push.push_s <= push.paused_s <= push.total_s
+    assert ("write" in push.step_s) == (method == "disk")
+    sent_s = push.step_s.get("write", 0.0) + push.step_s["transfer"]
+    assert sent_s <= push.push_s <= push.paused_s <= push.total_s
     assert sum(push.step_s.values()) <= push.total_s * 1.01
 
 
