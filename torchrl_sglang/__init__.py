@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from .generate.request import GenerateRequest, LogitProcessor, Media, Returns
     from .generate.sampling import SamplingParams
     from .generate.sessions import Session
-    from .policy.conversations import conversations
     from .policy.mismatch import Mismatch, mismatch
     from .policy.requests.rows import BehaviourLogProbWarning
+    from .policy.training_rows import conversations
     from .policy.wrapper import SGLangWrapper
     from .servers.gate import ServiceState
     from .servers.lora import Adapters

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ..errors import ConfigError
 from ..servers.gate import UpdateGate
 from ..servers.http import retried
 from .completion import Completion
-from .sampling import is_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +92,3 @@ class Admission:
             return
         if self._salt_of is None or ticket.cache_salt != self._salt_of(version):
             self._noticed(version)
-
-
-def salt_of(version: str, run_name: str | None = None) -> str:
-    """The salt of a version of the weights, and of the run that they are of."""
-    salt = f"weights-{version}"
-    return salt if run_name is None else f"{run_name}/{salt}"
-
-
-def check_run_name(name: Any) -> str | None:
-    """Raises `ConfigError` for a name that can't be part of a salt."""
-    if name is None or (is_text(name) and name):
-        checked: str | None = name
-        return checked
-    raise ConfigError(f"run_name={name!r:.100}: must be a string, not empty, or None.")

@@ -35,8 +35,8 @@ from ..errors import (
 from ..servers.gate import UpdateGate
 from ..servers.http import backoff_s, bearer, normalise_url, refusal
 from .admission import Admission, Ticket
+from .bounds import CallBounds
 from .completion import Completion
-from .in_flight import InFlight
 from .parse import Group, never_ran, parse_completions
 from .request import GenerateRequest, passes_router
 from .room import fitted_to_refusal
@@ -88,7 +88,7 @@ class DataClient:
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None, timeouts: Timeouts, calls: InFlight
+        self, url: str, *, api_key: str | None, timeouts: Timeouts, calls: CallBounds
     ) -> None:
         self._base = normalise_url(url)
         self._headers = {**bearer(api_key), "Content-Type": "application/json"}

@@ -26,11 +26,12 @@ from ..servers.http import retried
 from ..servers.lora_versions import InUse, versioned
 from ..servers.members import Servers
 from ..servers.together import order_all
-from .admission import Admission, salt_of
+from .admission import Admission
+from .bounds import CallBounds
+from .cache_salt import salt_of
 from .check import check_features, check_ids
 from .client import Batch, DataClient
 from .completion import Completion
-from .in_flight import InFlight
 from .loop import BackgroundLoop, closed_meanwhile, result_of
 from .parse import Group
 from .request import GenerateRequest, requests_of, to_requests
@@ -70,7 +71,7 @@ class Generator:
             self._check_open()
             if self._loop is None or self._data is None:
                 self._loop = BackgroundLoop("torchrl_sglang")
-                calls = InFlight(
+                calls = CallBounds(
                     servers.gate, lambda: servers.known_workers, servers.timeouts, servers
                 )
                 self._data = DataClient(

@@ -19,7 +19,7 @@ from .outputs.tensors import OutputSpec
 from .outputs.texts import TextOptions
 from .prompts.chats import ChatFormat
 from .prompts.read import InputMode, PromptSpec, check_mode
-from .prompts.turns import SpecialTokens
+from .prompts.turn_memory import SpecialTokens
 from .requests.rows import (
     CallOptions,
     LogProbsMode,

@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torchrl.data.llm.history import _CHAT_TEMPLATES
 
 from ..errors import ConfigError, TokenizerError
-from .prompts.turns import SpecialTokens
+from .prompts.turn_memory import SpecialTokens
 
 
 def load_tokenizer(tokenizer: Any, served_path: str, mode: str) -> Any:

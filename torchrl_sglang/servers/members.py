@@ -1,42 +1,30 @@
-"""Keeps the servers of a service: asks them anew, leaves them out, starts them again."""
+"""Keeps the servers of a service: who they are, whether they serve, which weights they run."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..config import Timeouts
 from ..errors import (
     ConfigError,
     ConnectError,
-    EngineLostError,
     LaunchError,
     NoWorkersError,
-    PushError,
-    ServiceError,
 )
 from ..launch.fleet import Fleet, told
-from .attach import (
-    Cluster,
-    Credentials,
-    attach,
-    client_of,
-    read_info,
-)
+from .attach import Cluster, Credentials, attach, client_of
 from .control import ControlClient
 from .gate import ServiceState, UpdateGate
 from .health import is_paused, lifeless
 from .hosts import local_address
 from .info import WorkerInfo
+from .known_versions import KnownVersions, ask_versions, version_of
 from .lora import Adapters
 from .lora_versions import AdapterVersions
-from .router import add_to_router, remove_from_router
-from .threads import in_thread
+from .router import remove_from_router
 from .together import ask_all, order_all, push_error
-from .versions import KnownVersions, ask_versions, version_of
 
 RESTART = "restart"  # the step that errors name
 
@@ -55,6 +43,7 @@ class Servers:
         gate: holds requests while weights change.
         versions: which weights they run.
         changing: held by what starts servers again, or gives them weights: it does so alone.
+        unrouted: URLs of those that were started again and are not behind the router yet.
     """
 
     def __init__(
@@ -69,7 +58,7 @@ class Servers:
         self.changing = threading.RLock()
         self._lock = threading.RLock()
         self._cluster: Cluster | None = None
-        self._unrouted: set[str] = set()  # started again, and not behind the router yet
+        self.unrouted: set[str] = set()  # started again, and not behind the router yet
         self._stale = False  # the cluster is asked again on the next use
         self._refresh_later = False  # or once all are behind the router
         self._adapter_versions = AdapterVersions()
@@ -196,7 +185,7 @@ class Servers:
                 f"no server lives any more: {said or 'they were ended here.'} "
                 "restart_workers(service.managed_urls), or a push of the whole model, starts them."
             )
-        members = {server.url for server in self.known_workers} - self._unrouted
+        members = {server.url for server in self.known_workers} - self.unrouted
         try:
             fleet.revive_router([url for url in living if url in members])
         except LaunchError as error:
@@ -250,7 +239,8 @@ class Servers:
     # Who joins and leaves
 
     @property
-    def _front(self) -> ControlClient:
+    def front(self) -> ControlClient:
+        """A control client for the URL."""
         return client_of(self.cluster.url, self.keys, self.timeouts)
 
     def refresh(self) -> None:
@@ -262,8 +252,8 @@ class Servers:
         push that lets them join it.
         """
         with self._lock:
-            self._refresh_later = bool(self._unrouted)
-            self._stale = not self._unrouted
+            self._refresh_later = bool(self.unrouted)
+            self._stale = not self.unrouted
 
     def drop(self, url: str) -> None:
         """Goes on without one of several servers: the router no longer sends to it either.
@@ -274,105 +264,21 @@ class Servers:
         with self._lock:
             cluster = self.cluster
             self._cluster = cluster.without(url)
-            self._unrouted.discard(url)
+            self.unrouted.discard(url)
         if cluster.behind_router:
-            remove_from_router(self._front, url)
+            remove_from_router(self.front, url)
 
-    def restart(self, urls: Sequence[str]) -> None:
-        """Starts managed servers again at their addresses, whether they live or not.
-
-        They come up with the model's own files. If weights were pushed before, the service is
-        ``BROKEN`` afterwards and they are paused, until the next push; one of another process is
-        noticed by ``restart_workers([])``. LoRA adapters have to be loaded again. A push starts by
-        itself what it finds dead or stuck, see ``WeightSyncConfig(lost_engines=...)``. Takes as
-        long as a first start.
-
-        Args:
-            urls: the servers' URLs; also of those that `AsyncSGLang.drop_worker` left out.
-
-        Raises:
-            ConfigError: this object did not start them.
-            ServiceError: a push, or another restart, is under way.
-            EngineLostError: one did not start; names it, and says why.
-        """
-        self._fleet_of(urls)
-        gate, changing = self.gate, self.changing
-        if not changing.acquire(blocking=False):
-            raise ServiceError("a push or a restart is under way: wait for its end.")
-        try:
-            if gate.state is ServiceState.UPDATING:
-                raise ServiceError("a weight push is under way: wait for its end.")
-            failed = gate.failure
-            if getattr(failed, "step", None) == RESTART:
-                failed = None  # what the servers run now tells whether that is over
-            gate.begin()
-            try:
-                self.restart_in_push(urls)
-                failed = failed or self._left_behind()
-                if failed is None:
-                    self._go_on()
-            except BaseException as error:
-                gate.fail(error)
-                raise
-            if failed is None:
-                gate.commit()
-            else:
-                gate.fail(failed)
-        finally:
-            changing.release()
-
-    def restart_in_push(self, urls: Iterable[str]) -> None:
-        """Same as `restart`, for the weight sync, which gives them their weights next.
-
-        They are paused, and out of the router until `rejoin`: a request that was lost elsewhere
-        would be sent to them at once, and answered by the model's own weights.
-        """
-        urls = tuple(dict.fromkeys(urls))
-        fleet = self._fleet_of(urls)
-        with self.changing:
-            self._ask_versions()  # so that it is known what is about to be gone
-            self._unrouted.update(urls)
-            for url in urls:
-                remove_from_router(self._front, url)
-            given_up = threading.Event()
-            starts = {
-                url: in_thread(
-                    lambda url=url: self._restarted(fleet, url, given_up), "torchrl_sglang-restart"
-                )
-                for url in urls
-            }
-            try:
-                failures = [self._failure(url, start) for url, start in starts.items()]
-            except BaseException:
-                given_up.set()
-                for url in urls:
-                    with contextlib.suppress(LaunchError):
-                        fleet.kill(url)
-                raise
-        for failure in filter(None, failures):
-            raise failure from failure.__cause__
-
-    def _failure(self, url: str, start: Future[ControlClient]) -> EngineLostError | None:
-        """Why a server did not start; one that did is taken back."""
-        try:
-            server = start.result()  # bounded by what it waits for itself
-            known = {info.url: info for info in self.cluster.infos}
-            info = known.get(url) or read_info(server)
-        except (LaunchError, ServiceError) as error:
-            failed = EngineLostError(f"it did not start again: {error}", step=RESTART, engine=url)
-            failed.__cause__ = error
-            return failed
+    def take_back(self, server: ControlClient, info: WorkerInfo) -> None:
+        """One that was started again has its place again."""
         with self._lock:
             self._cluster = self.cluster.having(server, info)
-        return None
 
-    def _restarted(self, fleet: Fleet, url: str, given_up: threading.Event) -> ControlClient:
-        fleet.restart(url, given_up)
-        server = client_of(url, self.keys, self.timeouts)
-        server.pause("retract")
-        return server
+    def fleet_of(self, urls: Iterable[str]) -> Fleet:
+        """The children of this process, which the servers at ``urls`` are.
 
-    def _fleet_of(self, urls: Iterable[str]) -> Fleet:
+        Raises:
+            ConfigError: they are not.
+        """
         fleet = self.fleet
         if fleet is None:
             raise ConfigError(
@@ -384,49 +290,13 @@ class Servers:
             raise ConfigError(f"{unknown} are none of this service's servers: {fleet.server_urls}.")
         return fleet
 
-    def rejoin(self) -> None:
-        """Has the router send to those again that were started again, now that they may answer.
-
-        And no more to those that did not answer when it was asked for its servers.
-
-        Raises:
-            PushError: the router does not take one.
-        """
-        held = self._unrouted & {server.url for server in self.cluster.workers}
-        for url in held:
-            try:
-                if self.lost:
-                    self.recover()
-                add_to_router(self._front, url, self.keys.api_key, self.timeouts.control_s)
-            except ServiceError as error:
-                raise PushError(str(error), step=RESTART, engine=url) from error
-            self._unrouted.discard(url)
-        for url in self.cluster.silent:
-            remove_from_router(self._front, url)  # it would come back with other weights
-        if self._refresh_later:
-            self.refresh()
-
-    def _go_on(self) -> None:
-        joining = [server for server in self.cluster.workers if server.url in self._unrouted]
-        order_all(joining, ControlClient.resume)
-        if not self.versions.adapters_only:  # else the next push brings the adapter
-            self.rejoin()
-
-    def _ask_versions(self) -> dict[str, str]:
+    def note_versions(self) -> dict[str, str]:
         """Version of every server that answers, by URL; they are taken note of."""
         answers = ask_versions(self.cluster.workers).given
         self.versions.saw(answers.values())
         return {server.url: version for server, version in answers.items()}
 
-    def _left_behind(self) -> EngineLostError | None:
-        """Why a server that was started again must not generate yet; None if it may."""
-        if self.versions.adapters_only:
-            return None  # the base weights are the model's own everywhere
-        versions = self._ask_versions()
-        newest = self.versions.seen
-        for url, version in versions.items():
-            if url in self._unrouted and newest and version != str(newest):
-                return EngineLostError(
-                    "it was started again, with the model's own files", step=RESTART, engine=url
-                )
-        return None
+    def rejoined(self) -> None:
+        """Every server is behind the router again: what was put off is done."""
+        if self._refresh_later:
+            self.refresh()

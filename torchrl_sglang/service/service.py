@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ..config import RouterConfig, Timeouts
 from ..errors import ConfigError
-from ..generate.admission import check_run_name
+from ..generate.cache_salt import check_run_name
 from ..generate.generator import Generator
 from ..generate.sessions import Sessions
 from ..launch.fleet import Fleet
@@ -26,6 +26,7 @@ from ..servers.http import normalise_url
 from ..servers.info import WorkerInfo
 from ..servers.lora import Adapters
 from ..servers.members import Servers
+from ..servers.restart import restart
 from ..servers.start import start_managed
 from ..weights.direct import DirectSync
 from .engine import RLSGLangEngine
@@ -340,7 +341,7 @@ class AsyncSGLang(RLSGLangEngine):
 
     refresh = _via(_servers, Servers.refresh)
     drop_worker = _via(_servers, Servers.drop)
-    restart_workers = _via(_servers, Servers.restart)
+    restart_workers = _via(_servers, restart)
 
     @property
     def cluster(self) -> Cluster:

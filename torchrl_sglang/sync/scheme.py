@@ -22,13 +22,7 @@ from ..weights.push import FullPusher, Pusher, abandon_with
 from ..weights.result import PushResult
 from ..weights.source.named import taken_in
 from ..weights.source.sharded import leading
-from .counters import (
-    bring_up,
-    check_label,
-    choose_version,
-    count_to,
-    shares_counter,
-)
+from .counters import bring_up, check_label, choose_version, count_to, shares_counter
 from .faces import SGLangTransport, SGLangWeightUpdater
 from .sender import SGLangWeightReceiver, SGLangWeightSender, check_engine
 

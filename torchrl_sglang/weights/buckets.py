@@ -1,4 +1,7 @@
-"""Divides tensors into buckets, each sent in one broadcast: pure functions over names and sizes."""
+"""Divides tensors into buckets, each sent in one broadcast: pure functions over names and sizes.
+
+How large a bucket may be is ``WeightSyncConfig.bucket_bytes``.
+"""
 
 from __future__ import annotations
 

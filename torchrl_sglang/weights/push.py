@@ -1,4 +1,8 @@
-"""Pushes named tensors into servers that then run them, or marks the service broken."""
+"""Pushes named tensors into servers that then run them, or marks the service broken.
+
+What requests in flight come to when a push starts is `WeightSyncConfig.pause_mode`: servers retract
+them and go on under the new weights, freeze them, or abort them. New ones wait at the gate.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,12 @@ from ..errors import (
 )
 from ..servers.gate import ServiceState
 from ..servers.members import Servers
+from ..servers.restart import rejoin, restart, restart_in_push
 from ..servers.threads import in_thread
+from .after_failure import after_failure, forget_frames
 from .carry.carrier import Carrier
 from .connection import Link
 from .plan import Plan, make_plan
-from .repair import after_failure, forget_frames
 from .result import Course, PushResult, StepTimer
 from .source.expected import expected_model
 from .source.lazy import LazyWeights
@@ -120,7 +125,7 @@ class FullPusher:
     def _restart_lifeless(self) -> bool:
         urls = self._servers.lifeless()
         if urls:
-            self._servers.restart(urls)
+            restart(self._servers, urls)
         return bool(urls)
 
     def abandon(self) -> None:
@@ -279,7 +284,7 @@ class FullPusher:
         with self._servers.changing, self._broken_unless_done():
             self._servers.gate.begin()
             result = self._tried(plan)
-            self._servers.rejoin()
+            rejoin(self._servers)
             self._servers.versions.set_pushed(plan.version)
             self._servers.gate.commit()
             return result
@@ -376,7 +381,7 @@ class FullPusher:
         if not urls or {*urls} & {*course.restarted}:
             return False
         with course.timer.measure("restart"):
-            self._servers.restart_in_push(urls)
+            restart_in_push(self._servers, urls)
         course.restarted += urls
         return True
 

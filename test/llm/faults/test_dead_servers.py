@@ -33,7 +33,7 @@ from torchrl_sglang import (
 from torchrl_sglang.errors import EngineLostError, PushError, ServiceBrokenError, ServiceError
 from torchrl_sglang.servers import health as revive_module
 from torchrl_sglang.servers.threads import in_thread
-from torchrl_sglang.weights import repair as failure
+from torchrl_sglang.weights import after_failure as failure
 from torchrl_sglang.weights.carry.payload import Payloads
 
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}

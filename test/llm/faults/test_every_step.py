@@ -20,7 +20,7 @@ from torchrl_sglang import (
     WeightSyncConfig,
 )
 from torchrl_sglang.errors import PushError, PushTimeoutError, ServiceBrokenError
-from torchrl_sglang.weights import repair as failure
+from torchrl_sglang.weights import after_failure as failure
 from torchrl_sglang.weights.carry.payload import Payloads
 
 SAMPLING = {"max_new_tokens": 16, "ignore_eos": True}

@@ -20,8 +20,8 @@ from helpers.servers import Connect, needs, perturb, told, wait_until
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import PushError, RequestRefusedError, ServiceBrokenError
 from torchrl_sglang.servers.gate import UpdateGate
+from torchrl_sglang.servers.known_versions import KnownVersions
 from torchrl_sglang.servers.threads import in_thread
-from torchrl_sglang.servers.versions import KnownVersions
 from torchrl_sglang.weights import connection as connection_module
 from torchrl_sglang.weights import push as update_module
 from torchrl_sglang.weights.carry import broadcast as broadcast_module

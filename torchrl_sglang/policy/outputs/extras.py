@@ -12,10 +12,11 @@ import torch
 from tensordict import NestedKey, TensorDict
 
 from ...errors import ConfigError, ResponseError, UnsupportedOptionError
-from ...generate.completion import NO_VERSION, Completion, version_number
+from ...generate.completion import NO_VERSION, Completion
 from ...generate.request import Returns
 from .tensors import Rows, as_floats, as_ids
 from .texts import non_tensor
+from .token_versions import as_count, row_version, token_versions
 
 # Extras that take a value, and those that are on or off.
 EXTRAS = (
@@ -87,7 +88,7 @@ def build_info(rows: Rows, completions: Sequence[Completion], spec: InfoSpec) ->
     sampled = [token_versions(c) for c in completions]
     columns: dict[str, Sequence[Any]] = {
         "finish_reason": [reasons[c.finish_type] for c in completions],
-        "weight_version": [_count(_last_version(c)) for c in completions],
+        "weight_version": [row_version(c) for c in completions],
         "policy_version": rows.layout(unknown, sampled, NO_VERSION)[2],
     }
     for name in spec.extras:
@@ -96,27 +97,6 @@ def build_info(rows: Rows, completions: Sequence[Completion], spec: InfoSpec) ->
         TensorDict({name: values[i] for name, values in columns.items()}, batch_size=[])
         for i in range(len(completions))
     ]
-
-
-def _count(number: int) -> torch.Tensor:
-    return torch.tensor(number, dtype=torch.int64, device="cpu")
-
-
-def _last_version(completion: Completion) -> int:
-    """A row that was aborted in the server's queue may name a version that sampled nothing."""
-    version = completion.weight_version if completion.output_ids else None
-    return NO_VERSION if version is None else version_number(version)
-
-
-def token_versions(completion: Completion) -> torch.Tensor:
-    """The version that sampled each token, int64 ``[R]``."""
-    if len(completion.version_spans) == 1:
-        number = version_number(completion.version_spans[0].version)
-        return torch.full((len(completion.output_ids),), number, dtype=torch.int64, device="cpu")
-    versions = torch.empty(len(completion.output_ids), dtype=torch.int64, device="cpu")
-    for span in completion.version_spans:
-        versions[span.start : span.end] = version_number(span.version)
-    return versions
 
 
 def _top(completions: Sequence[Completion], rows: Rows) -> dict[str, Any]:
@@ -202,7 +182,7 @@ _EXTRA_VALUES = {
     "hidden_states": _hidden_states,
     "routed_experts": _routed_experts,
     "cached_tokens": lambda completions, rows: {
-        "cached_tokens": [_count(c.cached_tokens) for c in completions]
+        "cached_tokens": [as_count(c.cached_tokens) for c in completions]
     },
     "request_id": lambda completions, rows: {
         "request_id": [non_tensor(c.rid) for c in completions]

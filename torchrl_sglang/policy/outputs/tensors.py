@@ -22,7 +22,7 @@ from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 from ...errors import ResponseError
 from ...generate.completion import Completion
 from ..prompts.read import Prompts
-from ..prompts.turns import SpecialTokens
+from ..prompts.turn_memory import SpecialTokens
 from .texts import (
     TextOptions,
     as_messages,

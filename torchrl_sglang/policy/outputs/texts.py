@@ -12,7 +12,7 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text
 
 from ...generate.completion import Completion
-from ..prompts.turns import SpecialTokens
+from ..prompts.turn_memory import SpecialTokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from ...generate.completion import Completion
 from ...generate.sampling import SamplingParams
 from ..arguments import Settled, text_options
 from ..prompts.read import Prompts
-from ..prompts.turns import Turn, chat_key
+from ..prompts.turn_memory import Turn, chat_key
 from .extras import build_info
 from .tensors import Arrived, build_outputs, make_rows, stacked
 from .texts import as_messages, contents

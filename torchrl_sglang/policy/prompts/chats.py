@@ -13,7 +13,7 @@ from torchrl.data.llm import History
 from ...errors import InputError
 from .media import for_template, has_parts, text_of
 from .spans import Span, assistant_spans, marked_tokens
-from .turns import (
+from .turn_memory import (
     TEMPLATE_ERRORS,
     Message,
     SpecialTokens,

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import InputError
 from ...generate.request import Media
-from .turns import Message
+from .turn_memory import Message
 
 # What a row can name beside sampling options: one URL, file name or piece of base64, or several.
 MEDIA_OPTIONS = ("images", "videos", "audios")

@@ -22,7 +22,7 @@ from .padding import (
     prompt_masks,
     values_of,
 )
-from .turns import Message, SpecialTokens, Turn, TurnMemory, chat_key, last_answer
+from .turn_memory import Message, SpecialTokens, Turn, TurnMemory, chat_key, last_answer
 
 InputMode = Literal["history", "text", "tokens"]
 INPUT_MODES: tuple[InputMode, ...] = ("history", "text", "tokens")

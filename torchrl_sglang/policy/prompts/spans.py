@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import InputError
-from .turns import (
+from .turn_memory import (
     Message,
     Render,
     SpecialTokens,

@@ -23,8 +23,9 @@ from ...servers.info import WorkerInfo
 from ...servers.lora import SERVE_WITH
 from ...servers.lora_versions import versioned
 from ...servers.members import Servers
+from ...servers.restart import rejoin
+from ..after_failure import with_its_cause
 from ..connection import Link
-from ..repair import with_its_cause
 from ..result import PushResult, StepTimer
 from ..source.expected import Dtypes, expected_model, served_dtype
 from ..targets import Targets
@@ -192,7 +193,7 @@ class AdapterPusher:
             error.add_note(loaded.take_back(targets, version))
             raise
         self._servers.versions.set_pushed(version, adapter=True)
-        self._servers.rejoin()
+        rejoin(self._servers)
         loaded.switch(version)
         loaded.clear(targets, version)
         return push_s

@@ -17,7 +17,7 @@ from helpers.servers import Connect, connect_like, num_under_way, told, wait_unt
 from helpers.under_way import request_of
 from torchrl_sglang import AsyncSGLang, SamplingParams, Timeouts
 from torchrl_sglang.errors import RequestTimeoutError, ServerFailedError
-from torchrl_sglang.generate.in_flight import InFlight
+from torchrl_sglang.generate.bounds import CallBounds
 from torchrl_sglang.servers.control import ControlClient
 from torchrl_sglang.servers.gate import UpdateGate
 from torchrl_sglang.servers.health import Looks, is_paused, looks_of
@@ -181,7 +181,7 @@ def test_it_waits_for_those_that_answer(service: AsyncSGLang, deaf: ControlClien
     assert [looks_of(each) for each in (deaf, service.workers[0])] == [Looks.SILENT, Looks.ANSWERS]
 
     async def wait(*workers: ControlClient) -> None:
-        calls = InFlight(UpdateGate(), lambda: workers, timeouts, NothingDied())
+        calls = CallBounds(UpdateGate(), lambda: workers, timeouts, NothingDied())
         async with calls.bounded(8.0):
             await asyncio.sleep(7.0)
 

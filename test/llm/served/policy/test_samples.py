@@ -14,7 +14,13 @@ from torchrl.modules.llm.policies import ChatHistory, Text, Tokens, Transformers
 
 from helpers.prompts import QUESTIONS
 from helpers.servers import hf_log_probs, needs
-from torchrl_sglang import AsyncSGLang, Completion, GenerateRequest, SamplingParams, SGLangWrapper
+from torchrl_sglang import (
+    AsyncSGLang,
+    Completion,
+    GenerateRequest,
+    SamplingParams,
+    SGLangWrapper,
+)
 from torchrl_sglang.errors import ConfigError, InputError
 from torchrl_sglang.generate.request import Returns
 

@@ -304,7 +304,7 @@ def test_one_that_a_push_does_not_reach_leaves_the_router(
         scheme.connect()
         scheme.send(perturb(model, seed=3))
         scheme.close()
-        routed = asked(attached.servers._front, "/workers")["workers"]
+        routed = asked(attached.servers.front, "/workers")["workers"]
         assert [worker["url"] for worker in routed] == [first]
     replicas.drop_worker(second)
     assert [worker.url for worker in replicas.workers] == [first]

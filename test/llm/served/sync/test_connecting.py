@@ -18,7 +18,12 @@ from torchrl.trainers.trainers import UpdateWeights
 from helpers.collectors import Counter, served_error, server_versions
 from helpers.fault_proxy import Fault, FaultProxy
 from helpers.servers import perturb
-from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, WeightSyncConfig, get_model_metadata
+from torchrl_sglang import (
+    AsyncSGLang,
+    SGLangWeightSyncScheme,
+    WeightSyncConfig,
+    get_model_metadata,
+)
 from torchrl_sglang.errors import (
     AlreadyConnectedError,
     ConfigError,

@@ -14,7 +14,7 @@ from helpers.tokenizers import metaspace
 from torchrl_sglang.errors import InputError
 from torchrl_sglang.policy.prompts.chats import ChatFormat, Chats
 from torchrl_sglang.policy.prompts.spans import assistant_spans
-from torchrl_sglang.policy.prompts.turns import (
+from torchrl_sglang.policy.prompts.turn_memory import (
     SENTINEL,
     Turn,
     after_answer,

@@ -22,8 +22,8 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.servers.control import ControlClient
 from torchrl_sglang.servers.together import push_error
+from torchrl_sglang.weights.after_failure import after_failure, forget_frames, with_its_cause
 from torchrl_sglang.weights.carry.group import WireError
-from torchrl_sglang.weights.repair import after_failure, forget_frames, with_its_cause
 
 
 class Address(ThreadingHTTPServer):

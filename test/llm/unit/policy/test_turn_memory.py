@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from helpers.tokenizers import without_names
-from torchrl_sglang.policy.prompts.turns import (
+from torchrl_sglang.policy.prompts.turn_memory import (
     SENTINEL,
     SpecialTokens,
     Turn,

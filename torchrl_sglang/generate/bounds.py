@@ -9,11 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ..config import Timeouts
-from ..errors import (
-    RequestTimeoutError,
-    ServiceBrokenError,
-    ServiceError,
-)
+from ..errors import RequestTimeoutError, ServiceBrokenError, ServiceError
 from ..servers.control import ControlClient
 from ..servers.gate import ServiceState, UpdateGate
 from ..servers.health import REFUSAL_S, Looks, looks_of
@@ -40,8 +36,8 @@ class Recovery(Protocol):
         """
 
 
-class InFlight:
-    """The calls under way on one event loop.
+class CallBounds:
+    """Bounds the calls under way on one event loop.
 
     A server that is paused keeps every request, and says nothing, for as long as it is paused. So
     calls end when a push of this process fails, and when servers stay paused for
