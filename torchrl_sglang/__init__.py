@@ -60,7 +60,7 @@ HOMES = {
     "assist_push": "weights.source.sharded",
     "combined": "generate.processors.make",
     "continuation": "generate.partial",
-    "conversations": "policy.conversations",
+    "conversations": "policy.training_rows",
     "disallowed_tokens": "generate.processors.make",
     "get_model_metadata": "sync.sender",
     "joined": "generate.completion",
