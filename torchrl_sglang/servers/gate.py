@@ -1,4 +1,7 @@
-"""Keeps the state of a service's weights, and holds requests back while they change."""
+"""Keeps the state of a service's weights, and holds new requests back while they change.
+
+What requests come to that servers have already is `WeightSyncConfig.pause_mode`.
+"""
 
 from __future__ import annotations
 
