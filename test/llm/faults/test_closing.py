@@ -19,6 +19,8 @@ from helpers.servers import keys_of, ready_weights
 from torchrl_sglang import AsyncSGLang
 from torchrl_sglang.servers.control import GIVING
 
+pytestmark = pytest.mark.slow
+
 INIT = "/init_weights_update_group"
 
 

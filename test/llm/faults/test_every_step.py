@@ -133,6 +133,7 @@ def test_a_server_that_fails(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["pause", "end", "verify"])
 def test_a_silent_server_with_the_usual_bounds(
     proxy: FaultProxy, shared_service: AsyncSGLang, model: Any, restore_weights: None, step: str

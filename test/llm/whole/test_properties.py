@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens
 from helpers.rows import rows_of
 from helpers.servers import hf_log_probs
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
+
+pytestmark = pytest.mark.slow
 
 # One server for all examples; how long one takes depends on the machine.
 few = settings(

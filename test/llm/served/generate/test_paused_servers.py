@@ -86,6 +86,7 @@ def test_requests_are_not_left_with_servers_that_stay_paused(
     assert impatient.generate([5, 6], SAMPLING).output_ids
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_pause_is_kept(service: AsyncSGLang, proxy: FaultProxy) -> None:
     """It begins with the first look at a paused server, and the error says how long it was."""
     limit_s = 6.0
@@ -109,6 +110,7 @@ def test_a_pause_that_ends_in_time(service: AsyncSGLang, impatient: AsyncSGLang)
     opener.join()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_busy_is_not_taken_for_paused(
     impatient: AsyncSGLang, proxy: FaultProxy
 ) -> None:
@@ -119,6 +121,7 @@ def test_a_server_that_is_busy_is_not_taken_for_paused(
     assert time.monotonic() - start > 1.6  # else it proves nothing
 
 
+@pytest.mark.slow
 def test_a_push_of_this_process_may_take_longer(
     proxied: AsyncSGLang,
     impatient: AsyncSGLang,
@@ -175,6 +178,7 @@ class NothingDied:
         raise AssertionError("nothing is lost")
 
 
+@pytest.mark.slow
 def test_it_waits_for_those_that_answer(service: AsyncSGLang, deaf: ControlClient) -> None:
     """A router sends them what the others have lost."""
     timeouts = Timeouts(retry_s=0.5, paused_s=0.5)

@@ -191,6 +191,7 @@ def test_output_ids_are_a_token_behind(serving: AsyncSGLang) -> None:
     assert completion.output_ids == [0, *range(39)]
 
 
+@pytest.mark.slow
 def test_progress_survives_a_retraction(serving: AsyncSGLang, model: Any) -> None:
     """Frozen half-way and computed anew, as by a weight update."""
     prompts, worker = prompts_of(2), serving.workers[0]

@@ -78,6 +78,7 @@ def test_it_can_be_refused_instead(
         service.generate([[5, 6], full_after(service, 4)], ON)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_text_is_counted_by_the_server(service: AsyncSGLang, n: int) -> None:
     text = "a b c " * 395

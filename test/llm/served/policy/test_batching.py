@@ -286,6 +286,7 @@ def test_what_was_finished_in_time_is_not_lost_to_what_was_not(
     assert [len(responses(f.result())[0]) for f in futures if f.exception() is None] == [4, 4]
 
 
+@pytest.mark.slow
 def test_a_caller_has_his_rows_as_soon_as_they_are_done(
     proxied: AsyncSGLang, proxy: FaultProxy
 ) -> None:
@@ -327,6 +328,7 @@ def test_a_copy_shares_requests_too(
     assert responses(batching_policy(attached)(rows([5, 6]))) == expected[0]  # still open
 
 
+@pytest.mark.slow
 def test_the_state_says_what_waits_and_what_is_generated(service: AsyncSGLang) -> None:
     policy = batching_policy(service, min_batch_size=3, batching_timeout=60.0)
     idle = {"queue_size": 0, "pending_futures": 0, "processing": False, "lock_state": "unlocked"}

@@ -305,6 +305,7 @@ def test_hidden_states(
             )
 
 
+@pytest.mark.slow
 def test_hidden_states_when_weights_are_pushed_in_mid_generation(
     special_service: AsyncSGLang, model: Any, model_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ from torchrl_sglang.generate.request import Returns, to_requests
 from torchrl_sglang.generate.room import BEYOND_LONGEST_INPUT
 from torchrl_sglang.servers.members import Servers
 
+pytestmark = pytest.mark.slow
+
 EOS = 2
 
 SAMPLING = {"max_new_tokens": 5, "ignore_eos": True}

@@ -98,8 +98,8 @@ def parents(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     made.close()
 
 
-QUICK: list[str | signal.Signals] = ["raise", signal.SIGTERM, signal.SIGKILL]
-SLOW: list[str | signal.Signals] = ["exit", signal.SIGINT]
+QUICK: list[str | signal.Signals] = [signal.SIGKILL]
+SLOW: list[str | signal.Signals] = ["exit", "raise", signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("end", [*QUICK, *(pytest.param(e, marks=pytest.mark.slow) for e in SLOW)])
@@ -129,6 +129,7 @@ def test_no_end_of_the_parent_leaves_anything(parents: Parents, end: Any) -> Non
     assert not any(listening(url) for url in words[1:])
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_starting_leaves_nothing(parents: Parents) -> None:
     parent = parents.start("ctrl-c", "wait")
     deadline = time.monotonic() + 60.0
@@ -142,6 +143,7 @@ def test_ctrl_c_while_starting_leaves_nothing(parents: Parents) -> None:
     assert wait_until_gone(children) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_while_starting(model_path: Path, tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(ProcessDiedError, match="no-such-backend") as caught:

@@ -265,6 +265,7 @@ def test_a_router_that_does_not_start_again(
     assert replicas.state is ServiceState.SYNCED
 
 
+@pytest.mark.slow
 def test_what_is_dead_is_known_as_dead(replicas: AsyncSGLang, model: Any) -> None:
     first, second = replicas.managed_urls
     kill(replicas, "server-0")

@@ -327,6 +327,7 @@ service.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_is_refused(
     service: AsyncSGLang, model_path: Path, restore_weights: None
 ) -> None:

@@ -111,6 +111,7 @@ service.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_right_after_a_push(
     service: AsyncSGLang, model: Any, connected: Connect
 ) -> None:
@@ -191,6 +192,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["exit", "collected"])
 def test_a_trainer_that_closes_nothing_ends_all_the_same(
     service: AsyncSGLang, model: Any, connected: Connect, end: str

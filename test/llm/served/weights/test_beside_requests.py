@@ -255,6 +255,7 @@ service.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_copy_in_another_process_hears_of_a_failed_push(
     impatient: AsyncSGLang, proxy: FaultProxy, model: Any, connected: Connect
 ) -> None:

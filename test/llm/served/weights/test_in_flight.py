@@ -124,6 +124,7 @@ def in_flight(service: AsyncSGLang, tokens: int) -> tuple[threading.Thread, list
     return thread, results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pause_mode", ["retract", "in_place"])
 def test_what_requests_in_flight_go_on_with(
     service: AsyncSGLang, model: Any, connected: Connect, pause_mode: Any

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from helpers.prompts import PROMPTS
 from helpers.servers import worst_error
 from helpers.two_ranks import moved, trained
 from torchrl_sglang import AsyncSGLang
+
+pytestmark = pytest.mark.slow
 
 
 def test_both_ranks_gather_and_one_pushes(

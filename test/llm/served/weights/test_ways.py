@@ -185,6 +185,7 @@ def test_a_folder_that_can_not_be_written_to(
 # What is left behind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tensor", "disk"])
 def test_nothing_is_left(
     service: AsyncSGLang, model_path: Path, restore_weights: None, method: str, tmp_path: Path

@@ -230,6 +230,7 @@ service.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_another_process(service: AsyncSGLang, connected: Push, model: Any) -> None:
     scheme = connected()
     for seed in (1, 2):
