@@ -85,7 +85,15 @@ def test_an_answer_that_begins_like_the_one_that_was_sampled(
 
 @pytest.mark.parametrize("stop", ["e", "o", " ", "th"])
 def test_messages_say_what_the_server_says(service: AsyncSGLang, tokenizer: Any, stop: str) -> None:
-    """SGLang's own text, stops left out, for every row."""
+    """SGLang's own text, stops left out, for every row.
+
+    It decodes what it samples piece by piece, which makes more or fewer replacement characters of
+    bytes that are none of a character: these are not compared.
+    """
+
+    def known(text: str) -> str:
+        return text.replace("\ufffd", "")
+
     policy = SGLangWrapper(
         service,
         tokenizer=tokenizer,
@@ -106,5 +114,5 @@ def test_messages_say_what_the_server_says(service: AsyncSGLang, tokenizer: Any,
     special = special_tokens(tokenizer)
     for row, completion in zip(out.unbind(0), own, strict=True):
         said = row["history"].response.content[0]
-        assert special.left_out(said)[0] == completion.text
+        assert known(special.left_out(said)[0]) == known(completion.text)
     assert any(isinstance(completion.matched_stop, str) for completion in own)
