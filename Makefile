@@ -93,9 +93,9 @@ $(STAMP): $(PINS) requirements/sglang-cpu.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo 'error: no Python 3.11 or newer with the venv module was' \
 		'found; install one, or name it: make env PYTHON=/path/to/python3.11' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --only-binary=:all: $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') \
+	$(PIP) install --no-compile --only-binary=:all: $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') \
 		$(PINS:%=-r %)
-	$(PIP) install --only-binary=:all: --no-deps -r requirements/sglang-cpu.txt
+	$(PIP) install --no-compile --only-binary=:all: --no-deps -r requirements/sglang-cpu.txt
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@$(IN_VENV) -c 'import torch; v = torch.version.cuda; v and print( \
 		f"note: torch {torch.__version__} is a CUDA {v} build: larger, but it runs on a CPU too")'

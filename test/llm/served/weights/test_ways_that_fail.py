@@ -18,6 +18,8 @@ from torchrl_sglang import AsyncSGLang, ServiceState, Timeouts
 from torchrl_sglang.errors import PushError, PushTimeoutError, ServiceBrokenError, WeightsError
 from torchrl_sglang.weights.carry import shared_memory
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = {"max_new_tokens": 24, "ignore_eos": True}
 
 ROUTES = {

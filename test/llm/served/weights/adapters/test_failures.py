@@ -27,6 +27,8 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.servers.gate import ServiceState
 
+pytestmark = pytest.mark.slow
+
 UNLOAD, VERSION = "/unload_lora_adapter", "/update_weight_version"
 
 
