@@ -39,7 +39,7 @@ def lifeless(
         infos: what servers said of themselves, these and others.
         timeout_s: bound on waiting for GPUs.
     """
-    gone = {*silent_at(_asks_schedulers, workers, ALIVE_S)}
+    gone = {*silent_at(ControlClient.server_info, workers, ALIVE_S)}
     on_gpu = {info.url for info in infos if info.device != "cpu" and info.capabilities.checksum}
     asked = [server for server in workers if server.url in on_gpu - gone]
     gone |= {*silent_at(waits_for_gpu, asked, timeout_s)}
@@ -52,15 +52,6 @@ def silent_at(ask: Ask, workers: Sequence[ControlClient], timeout_s: float) -> l
         workers, lambda server: _answers(server, ask, timeout_s), within_s=timeout_s + LAG_S
     )
     return [server.url for server in workers if not answers.given.get(server)]
-
-
-def needs_no_scheduler(server: ControlClient, timeout_s: float) -> None:
-    """Asks what a server answers by itself."""
-    server.model_info(timeout_s)
-
-
-def _asks_schedulers(server: ControlClient, timeout_s: float) -> None:
-    server.server_info(timeout_s)
 
 
 def waits_for_gpu(server: ControlClient, timeout_s: float) -> None:

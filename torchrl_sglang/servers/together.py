@@ -53,12 +53,13 @@ class Answers(Generic[T]):
         Raises:
             ServiceError: the first that failed; names the others that did.
         """
-        for error in self.failures.values():
-            _, *others = [server.url for server in self.failures]
-            if others:
-                raise retold(error, f"{error}; {', '.join(others)} failed too") from error
+        if not self.failures:
+            return [*self.given.values()]
+        error, *_ = self.failures.values()
+        _, *others = (server.url for server in self.failures)
+        if not others:
             raise error
-        return [*self.given.values()]
+        raise retold(error, f"{error}; {', '.join(others)} failed too") from error
 
 
 E = TypeVar("E", bound=ServiceError)

@@ -9,7 +9,7 @@ from functools import partial
 
 from ..errors import EngineLostError, PushError
 from ..servers.control import ControlClient
-from ..servers.health import needs_no_scheduler, silent_at
+from ..servers.health import silent_at
 from ..servers.threads import in_thread
 from ..servers.together import Answers, ask_all, broke_connection
 from .carry.group import WireError
@@ -114,7 +114,7 @@ def _first_silent(workers: Sequence[ControlClient]) -> str | None:
         if lost := next((w.url for w in workers if not w.listens(LIVENESS_S)), None):
             return lost
         asked_last = time.monotonic() - begun > NOTICE_S
-        silent = silent_at(needs_no_scheduler, workers, ANSWER_S)
+        silent = silent_at(ControlClient.model_info, workers, ANSWER_S)
         if silent:
             return silent[0] if len(silent) == 1 else None
         if asked_last:

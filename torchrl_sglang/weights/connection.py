@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..config import SyncLayout, SyncMethod, Timeouts, WeightSyncConfig
-from ..errors import ConfigError, EngineLostError
+from ..errors import ConfigError, EngineLostError, NotConnectedError
 from ..servers.control import ControlClient
 from ..servers.hosts import is_here
 from ..servers.info import WorkerInfo
@@ -40,6 +40,7 @@ class Link:
         carrier: what takes weights there, likewise.
         choice: which way that is, and why.
         sending_device: the device that broadcasts.
+        connected: whether pushes may go over it; it is made anew then where it was lost.
         verified: whether a push over this link was verified.
 
     Raises:
@@ -71,7 +72,15 @@ class Link:
         self.carrier: Carrier | None = None
         self.choice: Choice | None = None
         self.sending_device = torch.device("cpu")
+        self.connected = False
         self.verified = False
+
+    def check_connected(self) -> None:
+        """Raises `NotConnectedError` before a pusher was connected, and after it was closed."""
+        if not self.connected:
+            raise NotConnectedError(
+                "the weight sync is not connected: call connect() before pushing."
+            )
 
     def find_device(self) -> None:
         """Finds out the sending device: in the caller's thread, whose current GPU is meant."""

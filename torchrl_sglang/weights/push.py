@@ -22,7 +22,6 @@ from torch import nn
 from ..config import WeightSyncConfig
 from ..errors import (
     EngineLostError,
-    NotConnectedError,
     PushError,
     SGLangError,
     WeightsError,
@@ -84,7 +83,6 @@ class FullPusher:
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        self._connected = False
         self._lock = threading.Lock()
         self._running: Future[PushResult] | None = None
 
@@ -120,7 +118,7 @@ class FullPusher:
                 if not self._restart_lifeless():
                     raise
                 self.link.join()
-            self._connected = True
+            self.link.connected = True
 
     def _restart_lifeless(self) -> bool:
         urls = self._servers.lifeless()
@@ -130,7 +128,7 @@ class FullPusher:
 
     def abandon(self) -> None:
         """Leaves the group without waiting for anybody, servers included."""
-        self._connected = False
+        self.link.connected = False
         self.link.drop()
 
     def close(self) -> None:
@@ -144,7 +142,7 @@ class FullPusher:
         except Exception as error:  # noqa: BLE001
             failed = error
         with self._lock:
-            self._connected = False
+            self.link.connected = False
             self.link.leave()
         if failed is not None:
             warn(f"the last weight push failed: {failed}")
@@ -239,10 +237,7 @@ class FullPusher:
         copy: bool = False,
         partial: bool = False,
     ) -> Plan:
-        if not self._connected:
-            raise NotConnectedError(
-                "the weight sync is not connected: call connect() before pushing."
-            )
+        self.link.check_connected()
         repairs = self._servers.state is ServiceState.BROKEN
         if partial and repairs:
             raise WeightsError(

@@ -202,7 +202,7 @@ def test_closing_tells_what_became_of_the_last_push(
     scheme.send(model)
     with pytest.warns(RuntimeWarning, match="last weight push failed.*'transfer', bucket 0"):
         scheme.close()
-    assert not scheme.pusher._connected
+    assert not scheme.pusher.link.connected
 
 
 def test_the_device_is_found_out_where_the_trainer_connects(

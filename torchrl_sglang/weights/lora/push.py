@@ -13,7 +13,6 @@ from torch import nn
 from ...config import WeightSyncConfig
 from ...errors import (
     EngineLostError,
-    NotConnectedError,
     TopologyError,
     UnsupportedOptionError,
     VerificationError,
@@ -58,7 +57,6 @@ class AdapterPusher:
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        self._connected = False
         self._lock = threading.Lock()
         self._loaded: LoadedVersions | None = None
 
@@ -87,7 +85,7 @@ class AdapterPusher:
         with self._lock:
             check_servers(self.link.infos)
             self._targets().check_allowed("load_adapter")
-            self._connected = True
+            self.link.connected = True
 
     def wait(self) -> None:
         """Returns: no push goes on by itself."""
@@ -99,7 +97,7 @@ class AdapterPusher:
 
     def abandon(self) -> None:
         """Lets go without waiting for anybody."""
-        self._connected = False
+        self.link.connected = False
         self.link.drop()
 
     def push(
@@ -122,10 +120,7 @@ class AdapterPusher:
                 is pushed can't be verified in the way that is asked for; nothing was touched.
         """
         with self._lock:
-            if not self._connected:
-                raise NotConnectedError(
-                    "the weight sync is not connected: call connect() before pushing."
-                )
+            self.link.check_connected()
             self._servers.gate.wait_until_open(self._servers.timeouts.control_s)
             check_servers(self.link.infos)
             urls = [server.url for server in self.link.workers]
