@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from tensordict import set_list_to_stack
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers.fault_proxy import FaultProxy
@@ -18,6 +19,7 @@ from helpers.servers import (
     CPU_SERVER_ARGS,
     SPECIAL_SERVER_ARGS,
     connect_like,
+    connected_schemes,
     make_peaked_model,
     ready_weights,
 )
@@ -73,7 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Writes what ran, how it ended and how long it took, where ``TESTS_REPORT`` names a file."""
-    if not (path := os.environ.get("TESTS_REPORT")):
+    path = os.environ.get("TESTS_REPORT")
+    if not path or "PYTEST_XDIST_WORKER" in os.environ:  # a worker knows of its own tests alone
         return
     took: dict[str, float] = {}
     ends: dict[str, str] = {}
@@ -176,19 +179,15 @@ def restore_weights(shared_service: AsyncSGLang, model_path: Path) -> Iterator[N
 
 
 @pytest.fixture
+def lists_stack() -> Iterator[None]:
+    with set_list_to_stack(True):
+        yield
+
+
+@pytest.fixture
 def connected(
     shared_service: AsyncSGLang, restore_weights: None
 ) -> Iterator[Callable[..., SGLangWeightSyncScheme]]:
     """Makes schemes that are connected, and closes them."""
-    made: list[SGLangWeightSyncScheme] = []
-
-    def connect(service: AsyncSGLang | None = None, **kwargs: Any) -> SGLangWeightSyncScheme:
-        scheme = SGLangWeightSyncScheme(service or shared_service, **kwargs)
-        made.append(scheme)
-        scheme.init_on_sender()
-        scheme.connect()
-        return scheme
-
-    yield connect
-    for scheme in made:
-        scheme.close()
+    with connected_schemes(shared_service) as connect:
+        yield connect

@@ -44,11 +44,6 @@ def parse_completions(answer: object, request: GenerateRequest) -> list[Completi
         ) from error
 
 
-def parse_completion(answer: object, request: GenerateRequest) -> Completion:
-    """Reads the answer to a request of one sample; errors as in `parse_completions`."""
-    return parse_completions(answer, request)[0]
-
-
 def _parse(answer: Any, request: GenerateRequest, index: int) -> Completion:
     meta, output_ids = answer["meta_info"], answer["output_ids"]
     _check_id(meta["id"], request, index)

@@ -11,7 +11,7 @@ import pytest
 from helpers.fault_proxy import Fault, FaultProxy
 from helpers.prompts import PROMPTS
 from helpers.servers import connect_like, needs, perturb
-from helpers.steps import repaired
+from helpers.steps import STEPS, repaired
 from torchrl_sglang import (
     AsyncSGLang,
     ServiceState,
@@ -34,18 +34,6 @@ WITHIN_S = 6.0
 LAST = -1  # the last bucket
 
 
-ROUTES = {
-    "init": "/init_weights_update_group",
-    "pause": "/pause_generation",
-    "flush": "/flush_cache",
-    "begin": "/begin_weight_update",
-    "transfer": "/update_weights_from_distributed",
-    "end": "/end_weight_update",
-    "verify": "/weights_checker",
-    "version": "/update_weight_version",
-    "continue": "/continue_generation",
-}
-
 FAULTS: dict[str, tuple[dict[str, Any], type[PushError]]] = {
     "400": ({"status": 400}, PushError),
     "500": ({"status": 500}, PushError),
@@ -56,7 +44,7 @@ FAULTS: dict[str, tuple[dict[str, Any], type[PushError]]] = {
 
 # What served/weights/test_refused.py runs each time is not run twice.
 PLACES: list[tuple[str, int | None]] = [
-    *((step, None) for step in ROUTES if step != "transfer"),
+    *((step, None) for step in STEPS if step != "transfer"),
     *(("transfer", bucket) for bucket in (0, 1, LAST)),
 ]
 
@@ -112,7 +100,7 @@ def test_a_server_that_fails(
     if step == "init":  # joining is a step of a push only after a failure
         scheme.pusher.link.drop()
     given, expected = FAULTS[fault]
-    proxy.faults[ROUTES[step]] = Fault(**given, after=bucket or 0)
+    proxy.faults[STEPS[step]] = Fault(**given, after=bucket or 0)
     perturb(model, seed=41)
     begun = time.monotonic()
     with pytest.raises(PushError) as caught:
@@ -144,7 +132,7 @@ def test_a_silent_server_with_the_usual_bounds(
         scheme = SGLangWeightSyncScheme(service, config=CONFIG)
         scheme.connect()
         scheme.send(model)
-        proxy.faults[ROUTES[step]] = Fault(delay_s=60.0)
+        proxy.faults[STEPS[step]] = Fault(delay_s=60.0)
         begun = time.monotonic()
         with pytest.raises(PushTimeoutError) as caught:
             scheme.send(model)

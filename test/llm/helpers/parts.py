@@ -1,4 +1,4 @@
-"""Parts of completions that were aborted."""
+"""Completions, read and made, and parts of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import torch
 
 from helpers.rows import rows_of
 from torchrl_sglang.generate.completion import Completion, VersionSpan
+from torchrl_sglang.generate.parse import parse_completions
+from torchrl_sglang.generate.request import GenerateRequest
+
+
+def parse_completion(answer: object, request: GenerateRequest) -> Completion:
+    """The answer to a request of one sample."""
+    return parse_completions(answer, request)[0]
+
 
 # Putting parts together
 

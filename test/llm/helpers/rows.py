@@ -62,9 +62,14 @@ def make_input(mode: str, shape: tuple[int, ...], tokenizer: Any) -> TensorDict:
             TensorDict(tokens=Tokens(prompt=torch.tensor(ids), batch_size=()), batch_size=())
             for ids in ragged_ids(tokenizer)
         ]
+    return shaped(rows, shape)
+
+
+def shaped(rows: Sequence[TensorDict], shape: tuple[int, ...]) -> TensorDict:
+    """Rows in a batch of a shape; the first alone for one without dimensions."""
     if not shape:
         return rows[0]
-    stacked = lazy_stack(rows)
+    stacked = lazy_stack(list(rows))
     return stacked if len(shape) == 1 else stacked.reshape(shape)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -102,6 +102,25 @@ def wait_until(holds: Callable[[], Any], within_s: float = 15.0) -> float:
 def num_running(service: AsyncSGLang) -> int:
     """Requests that the server works on; its own count lags behind by some steps."""
     return int(asked(service.workers[0], "/v1/loads")["loads"][0]["num_running_reqs"])
+
+
+@contextlib.contextmanager
+def connected_schemes(
+    service: AsyncSGLang,
+) -> Iterator[Callable[..., SGLangWeightSyncScheme]]:
+    """Makes schemes that are connected to a service, or to another one, and closes them."""
+    made: list[SGLangWeightSyncScheme] = []
+
+    def connect(to: AsyncSGLang | None = None, **kwargs: Any) -> SGLangWeightSyncScheme:
+        scheme = SGLangWeightSyncScheme(to or service, **kwargs)
+        made.append(scheme)
+        scheme.init_on_sender()
+        scheme.connect()
+        return scheme
+
+    yield connect
+    for scheme in made:
+        scheme.close()
 
 
 def num_under_way(service: AsyncSGLang) -> int:

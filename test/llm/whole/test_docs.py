@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.collectors import make_env
 from helpers.lora_files import random_adapter
+from helpers.marks import QUIET, UPDATER
 from helpers.paths import ROOT
 from helpers.rows import rows_of
 from helpers.servers import SPECIAL_SERVER_ARGS, asked, keys_of
@@ -26,13 +27,7 @@ from torchrl_sglang.generate.request import ROUTER_DROPS, ROUTER_DROPS_OF_SAMPLI
 from torchrl_sglang.policy.outputs.extras import EXTRAS
 from torchrl_sglang.policy.requests.rows import ROW_OPTIONS, TEXT_OPTIONS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Using WeightUpdaterBase is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-]
+pytestmark = [*QUIET, UPDATER]
 
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"

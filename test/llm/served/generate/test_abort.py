@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from helpers.fault_proxy import Fault, FaultProxy
+from helpers.marks import IDLE
 from helpers.parts import reasons, split
 from helpers.rows import rows_of, token_rows
 from helpers.servers import needs, told, wait_until
@@ -18,17 +18,11 @@ from torchrl_sglang import AsyncSGLang, SamplingParams, SGLangWrapper
 from torchrl_sglang.errors import RequestAbortedError, ServerFailedError, UnsupportedOptionError
 from torchrl_sglang.generate.request import Returns
 
+pytestmark = IDLE
+
 SHORT = SamplingParams(max_new_tokens=4, ignore_eos=True)
 
 LONG = SamplingParams(max_new_tokens=1900, ignore_eos=True)  # many seconds
-
-
-@pytest.fixture(autouse=True)
-def idle(service: AsyncSGLang) -> Iterator[None]:
-    """Nothing of one test is left to the next."""
-    yield
-    service.abort()
-    wait_until(lambda: load(service) == (0, 0))
 
 
 # The service

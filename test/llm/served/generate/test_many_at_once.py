@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +16,9 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory
 
 from helpers.fault_proxy import FaultProxy, WatchingProxy
+from helpers.marks import IDLE
 from helpers.rows import token_rows
-from helpers.servers import connect_like, num_under_way, wait_until, worst_error
+from helpers.servers import num_under_way, wait_until, worst_error
 from helpers.under_way import requests_of
 from torchrl_sglang import AsyncSGLang, SamplingParams, SGLangWrapper
 from torchrl_sglang.errors import (
@@ -31,6 +32,8 @@ from torchrl_sglang.policy import call
 from torchrl_sglang.policy.outputs import writer
 from torchrl_sglang.servers import members
 
+pytestmark = IDLE
+
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 
 LONG = SamplingParams(max_new_tokens=1900, ignore_eos=True)  # many seconds
@@ -41,28 +44,6 @@ NOTICED_WITHIN_S = 9.0
 
 async def until(holds: Callable[[], Any], within_s: float = 10.0) -> float:
     return await asyncio.to_thread(wait_until, holds, within_s)
-
-
-@pytest.fixture(autouse=True)
-def idle(service: AsyncSGLang) -> Iterator[None]:
-    """Nothing of one test is left to the next."""
-    yield
-    service.abort()
-    wait_until(lambda: not num_under_way(service))
-
-
-@pytest.fixture
-def watching(service: AsyncSGLang) -> Iterator[WatchingProxy]:
-    with WatchingProxy(service.workers[0].url) as proxy:
-        proxy.left = []
-        yield proxy
-
-
-@pytest.fixture
-def watched(service: AsyncSGLang, watching: WatchingProxy) -> Iterator[AsyncSGLang]:
-    """A service whose connections are watched."""
-    with connect_like(service, watching.url) as external:
-        yield external
 
 
 def chat_rows(*questions: str) -> TensorDict:

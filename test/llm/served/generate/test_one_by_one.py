@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from helpers.fault_proxy import Fault, FaultProxy, WatchingProxy
+from helpers.marks import IDLE
 from helpers.rows import token_rows
 from helpers.servers import connect_like, num_under_way, wait_until, worst_error
 from helpers.under_way import requests_of
@@ -28,33 +29,13 @@ from torchrl_sglang.errors import (
     ServiceClosedError,
 )
 
+pytestmark = IDLE
+
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 
 SHORT = SamplingParams(max_new_tokens=4, ignore_eos=True)
 
 LONG = SamplingParams(max_new_tokens=1900, ignore_eos=True)  # many seconds
-
-
-@pytest.fixture(autouse=True)
-def idle(service: AsyncSGLang) -> Iterator[None]:
-    """Nothing of one test is left to the next."""
-    yield
-    service.abort()
-    wait_until(lambda: not num_under_way(service))
-
-
-@pytest.fixture
-def watching(service: AsyncSGLang) -> Iterator[WatchingProxy]:
-    with WatchingProxy(service.workers[0].url) as proxy:
-        proxy.left = []
-        yield proxy
-
-
-@pytest.fixture
-def watched(service: AsyncSGLang, watching: WatchingProxy) -> Iterator[AsyncSGLang]:
-    """A service whose connections are watched."""
-    with connect_like(service, watching.url) as external:
-        yield external
 
 
 # As completed

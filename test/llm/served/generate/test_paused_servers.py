@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from helpers.fault_proxy import Fault, FaultProxy
+from helpers.marks import IDLE
 from helpers.servers import Connect, connect_like, num_under_way, told, wait_until
 from helpers.under_way import request_of
 from torchrl_sglang import AsyncSGLang, SamplingParams, Timeouts
@@ -24,31 +25,13 @@ from torchrl_sglang.servers.health import Looks, is_paused, looks_of
 from torchrl_sglang.weights.carry.group import in_thread
 from torchrl_sglang.weights.targets import Targets
 
+pytestmark = IDLE
+
 PROMPT = list(range(100, 164))
 
 SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 LONG = SamplingParams(max_new_tokens=1900, ignore_eos=True)  # many seconds
-
-
-@pytest.fixture(autouse=True)
-def idle(service: AsyncSGLang) -> Iterator[None]:
-    """Nothing of one test is left to the next."""
-    yield
-    told(service.workers[0], "/continue_generation")
-    service.abort()
-    wait_until(lambda: not num_under_way(service))
-
-
-@pytest.fixture
-def impatient(proxy: FaultProxy, service: AsyncSGLang) -> Iterator[AsyncSGLang]:
-    """A service that leaves requests with paused servers for one second."""
-    with connect_like(
-        service,
-        proxy.url,
-        timeouts=Timeouts(request_s=60.0, paused_s=1.0),
-    ) as external:
-        yield external
 
 
 @pytest.mark.parametrize("says", [True, False], ids=["ready", "before 0.5.20"])

@@ -15,15 +15,11 @@ from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm.policies import TransformersWrapper
 from torchrl.objectives.llm import GRPOLoss
 
+from helpers.marks import QUIET
 from helpers.servers import hf_log_probs
 from torchrl_sglang import AsyncSGLang, SGLangWrapper, conversations
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-]
+pytestmark = QUIET
 
 
 QUESTIONS = ["the quick", "hello"]

@@ -15,16 +15,12 @@ from torchrl.envs import Transform
 from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
 
+from helpers.marks import QUIET
 from helpers.servers import hf_log_probs
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
 from torchrl_sglang.errors import InputError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-]
+pytestmark = QUIET
 
 
 CPU, META = torch.device("cpu"), torch.device("meta")

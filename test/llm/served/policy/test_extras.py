@@ -15,7 +15,7 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
 
 from helpers.behaviour import chosen, full_log_probs, hf_logits
-from helpers.rows import rows_of
+from helpers.rows import rows_of, shaped
 from helpers.servers import (
     asked,
     hf_log_probs,
@@ -57,10 +57,7 @@ def make_input(mode: str = "tokens", shape: tuple[int, ...] = (4,)) -> Any:
             TensorDict(tokens=Tokens(prompt=torch.tensor(ids), batch_size=()), batch_size=())
             for ids in PROMPTS
         ]
-    if not shape:
-        return rows[0]
-    stacked = lazy_stack(rows)
-    return stacked if len(shape) == 1 else stacked.reshape(shape)
+    return shaped(rows, shape)
 
 
 def make_policy(service: AsyncSGLang, **kwargs: Any) -> SGLangWrapper:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -15,10 +14,11 @@ from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Text, Tokens
 
 from helpers.fault_proxy import Fault, FaultProxy
+from helpers.marks import IDLE
 from helpers.parts import FORGOTTEN, reasons, split
 from helpers.rows import rows_of, token_rows
-from helpers.servers import Connect, hf_log_probs, needs, needs_version_spans, perturb, wait_until
-from helpers.under_way import load, once_running, requests_of
+from helpers.servers import Connect, hf_log_probs, needs, needs_version_spans, perturb
+from helpers.under_way import once_running, requests_of
 from torchrl_sglang import (
     AsyncSGLang,
     SamplingParams,
@@ -29,15 +29,9 @@ from torchrl_sglang import (
 from torchrl_sglang.errors import ConfigError, InputError, UnsupportedOptionError
 from torchrl_sglang.generate.request import new_rid
 
+pytestmark = IDLE
+
 SHORT = SamplingParams(max_new_tokens=4, ignore_eos=True)
-
-
-@pytest.fixture(autouse=True)
-def idle(service: AsyncSGLang) -> Iterator[None]:
-    """Nothing of one test is left to the next."""
-    yield
-    service.abort()
-    wait_until(lambda: load(service) == (0, 0))
 
 
 # The policy

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, lazy_stack, set_list_to_stack
-from torchrl.data.llm import History
-from torchrl.modules.llm.policies import ChatHistory, Text, Tokens, TransformersWrapper
+from tensordict import TensorDict, set_list_to_stack
+from torchrl.modules.llm.policies import TransformersWrapper
 
 from helpers.prompts import QUESTIONS
+from helpers.rows import make_input
 from helpers.servers import hf_log_probs, needs
 from torchrl_sglang import (
     AsyncSGLang,
@@ -31,26 +31,6 @@ SHAPES = [(), (6,), (2, 3)]
 MODES = ["history", "text", "tokens"]
 
 N = 3
-
-
-def make_input(mode: str, shape: tuple[int, ...], tokenizer: Any) -> Any:
-    if mode == "history":
-        histories = History.from_chats([[{"role": "user", "content": q}] for q in QUESTIONS])
-        rows = [
-            TensorDict(history=ChatHistory(prompt=history, batch_size=()), batch_size=())
-            for history in histories
-        ]
-    elif mode == "text":
-        rows = [TensorDict(text=Text(prompt=q, batch_size=()), batch_size=()) for q in QUESTIONS]
-    else:
-        rows = [
-            TensorDict(tokens=Tokens(prompt=torch.tensor(ids), batch_size=()), batch_size=())
-            for ids in tokenizer(QUESTIONS)["input_ids"]
-        ]
-    if not shape:
-        return rows[0]
-    stacked = lazy_stack(rows)
-    return stacked if len(shape) == 1 else stacked.reshape(shape)
 
 
 def expected_prompts(mode: str, tokenizer: Any) -> list[list[int]]:

@@ -10,7 +10,7 @@ from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torchrl.data.llm import History
 from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens, TransformersWrapper
 
-from helpers.rows import rows_of
+from helpers.rows import rows_of, shaped
 from helpers.servers import hf_log_probs
 from torchrl_sglang import (
     AsyncSGLang,
@@ -57,10 +57,7 @@ def make_input(mode: str, shape: tuple[int, ...] = (6,)) -> Any:
             TensorDict(tokens=Tokens(full=torch.tensor(ids), batch_size=()), batch_size=())
             for ids in IDS
         ]
-    if not shape:
-        return rows[0]
-    stacked = lazy_stack(rows)
-    return stacked if len(shape) == 1 else stacked.reshape(shape)
+    return shaped(rows, shape)
 
 
 def expected_ids(mode: str, tokenizer: Any) -> list[list[int]]:

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, set_list_to_stack
+from tensordict import TensorDict
 from torchrl.collectors.llm import LLMCollector
 from torchrl.modules.llm.policies import Tokens
 from transformers import AutoTokenizer
 
+from helpers.marks import LISTS_STACK, QUIET
 from helpers.prompts import QUESTIONS
 from helpers.turns import LAYOUTS, dialogs_of, drifted, make_env, split
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-]
+pytestmark = [*QUIET, LISTS_STACK]
 
 
 SAMPLING = {"max_new_tokens": 24}
-
-
-@pytest.fixture(autouse=True)
-def lists_stack() -> Iterator[None]:
-    with set_list_to_stack(True):
-        yield
 
 
 @pytest.fixture

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, lazy_stack, set_list_to_stack
+from tensordict import TensorDict, lazy_stack
 from torchrl.data.llm import History
 from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm.policies import ChatHistory, Masks, Text, Tokens
 
+from helpers.marks import LISTS_STACK, QUIET
 from helpers.prompts import QUESTIONS
 from helpers.servers import needs_xgrammar
 from helpers.turns import LAYOUTS, Ask, dialogs_of, drifted, make_env, split
 from torchrl_sglang import AsyncSGLang, SGLangWrapper
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-]
+pytestmark = [*QUIET, LISTS_STACK]
 
 
 SAMPLING = {"max_new_tokens": 24}
-
-
-@pytest.fixture(autouse=True)
-def lists_stack() -> Iterator[None]:
-    with set_list_to_stack(True):
-        yield
 
 
 # Templates that change what was said

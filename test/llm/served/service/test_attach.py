@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
 from helpers.fault_proxy import BASE_PATH, Fault, FaultProxy
+from helpers.marks import IDLE
 from helpers.rows import tokens_of
-from helpers.servers import connect_like, num_under_way, told, wait_until
+from helpers.servers import connect_like, told
 from torchrl_sglang import AsyncSGLang, ServiceState, SGLangWrapper, Timeouts
 from torchrl_sglang.errors import ConnectError
+
+pytestmark = IDLE
 
 
 @pytest.mark.parametrize("ending", ["", "/"])
@@ -126,15 +128,6 @@ def test_a_server_that_refuses_is_not_left_out(proxy: FaultProxy, service: Async
     proxy.faults["/workers"] = Fault(status=200, body=json.dumps(listed))
     with pytest.raises(ConnectError, match="answered 401"):
         connect_like(service, proxy.url)
-
-
-@pytest.fixture(autouse=True)
-def idle(service: AsyncSGLang) -> Iterator[None]:
-    """Nothing of one test is left to the next."""
-    yield
-    told(service.workers[0], "/continue_generation")
-    service.abort()
-    wait_until(lambda: not num_under_way(service))
 
 
 def test_a_policy_at_a_url_uses_the_service_that_is_there(service: AsyncSGLang) -> None:

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tensordict import set_list_to_stack
 from torchrl.collectors import Collector
 from torchrl.modules.llm.policies import TransformersWrapper
 from torchrl.objectives.llm import GRPOLoss
 
 from helpers.collectors import SAMPLING, make_collector, make_env, served_error
+from helpers.marks import LISTS_STACK, QUIET, UPDATER
 from helpers.servers import perturb
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, SGLangWrapper
 from torchrl_sglang.errors import PushError
 
-pytestmark = [
-    # TorchRL's own: the only face of weight syncs that LLMCollector takes is deprecated.
-    pytest.mark.filterwarnings("ignore:Using WeightUpdaterBase is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-]
-
-
-@pytest.fixture(autouse=True)
-def lists_stack() -> Iterator[None]:
-    with set_list_to_stack(True):
-        yield
+pytestmark = [*QUIET, UPDATER, LISTS_STACK]
 
 
 def last_version(service: AsyncSGLang, collector: Any) -> int:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, set_list_to_stack
+from tensordict import TensorDict
 from torch import nn
 from torchrl.modules.llm.policies import TransformersWrapper
 
 from helpers.collectors import Counter, at_version, make_collector, served_error, server_versions
 from helpers.fault_proxy import Fault, FaultProxy
+from helpers.marks import LISTS_STACK, QUIET, UPDATER
 from helpers.paths import ROOT
 from helpers.servers import keys_of, needs_version_spans, perturb, wait_until
 from helpers.steps import NORM, STEPS
@@ -28,20 +29,7 @@ from torchrl_sglang import (
 from torchrl_sglang.errors import ConfigError, NotConnectedError, ServerFailedError, WeightsError
 from torchrl_sglang.weights.source.expected import meta_model
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Using WeightUpdaterBase is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-    pytest.mark.usefixtures("lists_stack"),
-]
-
-
-@pytest.fixture
-def lists_stack() -> Iterator[None]:
-    with set_list_to_stack(True):
-        yield
+pytestmark = [*QUIET, UPDATER, LISTS_STACK]
 
 
 # The recipe

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensordict import set_list_to_stack
 
 from helpers.collectors import Counter, at_version, make_collector, served_error, server_versions
 from helpers.fault_proxy import Fault, FaultProxy
+from helpers.marks import LISTS_STACK, QUIET, UPDATER
 from helpers.servers import perturb, told, wait_until
 from helpers.steps import STEPS
 from torchrl_sglang import (
@@ -34,23 +34,10 @@ from torchrl_sglang.errors import (
 )
 from torchrl_sglang.servers.threads import in_thread
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Using WeightUpdaterBase is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-    pytest.mark.usefixtures("lists_stack"),
-]
+pytestmark = [*QUIET, UPDATER, LISTS_STACK]
 
 
 Connect = Callable[..., SGLangWeightSender]
-
-
-@pytest.fixture
-def lists_stack() -> Iterator[None]:
-    with set_list_to_stack(True):
-        yield
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from helpers.fault_proxy import Fault, FaultProxy
+from helpers.marks import IDLE
 from helpers.rows import tokens_of
 from helpers.servers import (
     Connect,
@@ -41,6 +42,8 @@ from torchrl_sglang.generate import client as data_client
 from torchrl_sglang.weights.carry.group import in_thread
 from torchrl_sglang.weights.targets import Targets
 
+pytestmark = IDLE
+
 PROMPT = list(range(100, 164))
 
 SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
@@ -57,15 +60,6 @@ AT_ONCE_S = 5.0
 def salts(proxy: FaultProxy) -> list[str]:
     """The salts of the generation requests so far."""
     return [json.loads(body)["extra_key"] for path, body in proxy.seen if path == "/generate"]
-
-
-@pytest.fixture(autouse=True)
-def idle(service: AsyncSGLang) -> Iterator[None]:
-    """Nothing of one test is left to the next."""
-    yield
-    told(service.workers[0], "/continue_generation")
-    service.abort()
-    wait_until(lambda: not num_under_way(service))
 
 
 # Sent late
@@ -229,17 +223,6 @@ def test_a_push_that_fails_for_real_and_its_repair(
     completion = proxied.generate(PROMPT, SAMPLING)
     assert worst_error(model, [PROMPT], [completion]) < 0.02
     wait_until(lambda: not num_under_way(proxied), 15.0)  # the servers drop what nobody waits for
-
-
-@pytest.fixture
-def impatient(proxy: FaultProxy, service: AsyncSGLang) -> Iterator[AsyncSGLang]:
-    """A service that leaves requests with paused servers for one second."""
-    with connect_like(
-        service,
-        proxy.url,
-        timeouts=Timeouts(request_s=60.0, paused_s=1.0),
-    ) as external:
-        yield external
 
 
 COPY = """

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.parts import parse_completion
 from torchrl_sglang import Completion, GenerateRequest, VersionSpan
 from torchrl_sglang.errors import RequestAbortedError, ResponseError
-from torchrl_sglang.generate.parse import parse_completion
 from torchrl_sglang.generate.request import Returns
 
 REQUEST = GenerateRequest(input_ids=(1, 2, 3), rid="r1")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.parts import parse_completion
 from torchrl_sglang import Completion, GenerateRequest
 from torchrl_sglang.errors import ResponseError
 from torchrl_sglang.generate.completion import VersionSpan, joined
 from torchrl_sglang.generate.experts import as_sampled
-from torchrl_sglang.generate.parse import parse_completion
 from torchrl_sglang.generate.request import Returns
 from torchrl_sglang.policy.outputs.extras import _routed_experts
 

@@ -9,15 +9,11 @@ import torch
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
+from helpers.marks import QUIET
 from torchrl_sglang import conversations
 from torchrl_sglang.errors import ConfigError, EmptyBatchError, InputError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-]
+pytestmark = QUIET
 
 
 def step(prompt: list[int], answer: list[int], reward: Any = 1.0, done: bool = False) -> TensorDict:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from helpers.marks import QUIET
 from helpers.tokenizers import without_names
 from torchrl_sglang.policy.prompts.turn_memory import (
     SENTINEL,
@@ -24,12 +25,7 @@ from torchrl_sglang.policy.prompts.turn_memory import (
 )
 from torchrl_sglang.policy.tokenizers import special_tokens
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-]
+pytestmark = QUIET
 
 
 def a_turn(*ids: int, text: str = "", chat: Any = None) -> Turn:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from helpers.parts import parse_completion
 from torchrl_sglang import GenerateRequest
 from torchrl_sglang.errors import InputError
 from torchrl_sglang.generate.completion import VersionSpan
-from torchrl_sglang.generate.parse import never_ran, parse_completion
+from torchrl_sglang.generate.parse import never_ran
 from torchrl_sglang.servers.lora_versions import AdapterVersions, versioned, versions_of
 
 

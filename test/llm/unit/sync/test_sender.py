@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tensordict import set_list_to_stack
 from torch import nn
 
+from helpers.marks import LISTS_STACK, QUIET, UPDATER
 from helpers.steps import NORM
 from torchrl_sglang import get_model_metadata
 from torchrl_sglang.errors import WeightsError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Using WeightUpdaterBase is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchrl"),
-    pytest.mark.filterwarnings("ignore::UserWarning:tensordict"),
-    pytest.mark.usefixtures("lists_stack"),
-]
-
-
-@pytest.fixture
-def lists_stack() -> Iterator[None]:
-    with set_list_to_stack(True):
-        yield
+pytestmark = [*QUIET, UPDATER, LISTS_STACK]
 
 
 def test_metadata_says_the_trainers_dtype_and_what_a_checkpoint_has(model: Any) -> None:

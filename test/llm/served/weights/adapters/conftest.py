@@ -12,7 +12,7 @@ from helpers.adapters import attach
 from helpers.fault_proxy import FaultProxy
 from helpers.peft_models import base_model, peft_model
 from helpers.processes import until
-from helpers.servers import asked
+from helpers.servers import asked, connected_schemes
 from torchrl_sglang import AsyncSGLang, SGLangWeightSyncScheme, WeightSyncConfig
 from torchrl_sglang.errors import ConfigError
 from torchrl_sglang.servers import lora as adapters
@@ -46,19 +46,10 @@ def service(special_service: AsyncSGLang) -> Iterator[AsyncSGLang]:
 @pytest.fixture
 def connected(service: AsyncSGLang) -> Iterator[Push]:
     """Makes schemes that push adapters, and closes them."""
-    made: list[SGLangWeightSyncScheme] = []
-
-    def connect(to: AsyncSGLang | None = None, **config: Any) -> SGLangWeightSyncScheme:
-        chosen = WeightSyncConfig(method="lora", **config)
-        scheme = SGLangWeightSyncScheme(to or service, config=chosen)
-        made.append(scheme)
-        scheme.init_on_sender()
-        scheme.connect()
-        return scheme
-
-    yield connect
-    for scheme in made:
-        scheme.close()
+    with connected_schemes(service) as connect:
+        yield lambda to=None, **config: connect(
+            to, config=WeightSyncConfig(method="lora", **config)
+        )
 
 
 @pytest.fixture
