@@ -86,7 +86,11 @@ class FaultProxy:
         self._port = self._runner.addresses[0][1]
 
     async def _stop(self) -> None:
+        server = self._runner.server
         await self._runner.cleanup()
+        await asyncio.sleep(0.02)  # what was being accepted meanwhile is closed too
+        if server is not None:
+            await server.shutdown(0.1)
         await self._session.close()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:

@@ -64,6 +64,7 @@ def run_loop(code: str, names: dict[str, Any]) -> None:
     assert seen[0]["tokens"].batch_size.numel() == 64
 
 
+@pytest.mark.slow
 def test_readme_and_quickstart(model_path: Path, tokenizer: Any, timeouts: Timeouts) -> None:
     names: dict[str, Any] = {
         "timeouts": timeouts,

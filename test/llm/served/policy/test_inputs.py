@@ -23,7 +23,8 @@ from torchrl_sglang.errors import (
     TokenizerError,
 )
 
-SAMPLING = {"max_new_tokens": 4, "ignore_eos": True}
+# The end of a turn is not sampled: a message leaves it out.
+SAMPLING = {"max_new_tokens": 4, "ignore_eos": True, "logit_bias": {2: -100.0}}
 
 HI, GO = {"role": "user", "content": "hi"}, {"role": "user", "content": "go on"}
 

@@ -408,6 +408,7 @@ def test_a_moving_temperature_goes_on_in_a_row(special_service: AsyncSGLang, mod
         assert score == pytest.approx(expected[0], abs=0.02)
 
 
+@pytest.mark.slow
 def test_one_row_of_a_call(service: AsyncSGLang) -> None:
     """By the id that the row gave its request."""
     policy = SGLangWrapper(

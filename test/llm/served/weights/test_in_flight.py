@@ -83,6 +83,7 @@ def test_requests_posted_during_a_push(
     assert worst_error(model, EIGHT_PROMPTS, results[0]) < 0.02
 
 
+@pytest.mark.slow
 def test_requests_in_flight_when_a_push_comes(
     service: AsyncSGLang, model: Any, connected: Connect
 ) -> None:
