@@ -23,8 +23,9 @@ from torchrl_sglang.errors import (
     TokenizerError,
 )
 
-# The end of a turn is not sampled: a message leaves it out.
-SAMPLING = {"max_new_tokens": 4, "ignore_eos": True, "logit_bias": {2: -100.0}}
+SAMPLING = {"max_new_tokens": 4, "ignore_eos": True}
+# Without the end of a turn, which a message leaves out of a text.
+UNENDED = {**SAMPLING, "logit_bias": {2: -100.0}}
 
 HI, GO = {"role": "user", "content": "hi"}, {"role": "user", "content": "go on"}
 
@@ -260,7 +261,7 @@ def begun(content: str) -> dict[str, Any]:
 
 def test_the_last_message_is_continued(service: AsyncSGLang, tokenizer: Any) -> None:
     policy = SGLangWrapper(
-        service, tokenizer=tokenizer, generate_kwargs=SAMPLING, continue_final_message=True
+        service, tokenizer=tokenizer, generate_kwargs=UNENDED, continue_final_message=True
     )
     out = policy(asked([HI, begun("The answer")], [HI]))
     one, other = out.unbind(0)
@@ -297,7 +298,7 @@ def test_what_can_not_be_continued(service: AsyncSGLang) -> None:
 
 def test_samples_of_a_message_that_is_continued(service: AsyncSGLang) -> None:
     policy = SGLangWrapper(
-        service, generate_kwargs=SAMPLING, continue_final_message=True, num_samples=2
+        service, generate_kwargs=UNENDED, continue_final_message=True, num_samples=2
     )
     out = policy(asked([HI, begun("The")]))
     for row in out[0].unbind(0):
